@@ -1,0 +1,57 @@
+# Every target sets up what it needs: a fresh clone and Python 3.11 or newer are enough.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help venv demo test lint format fault bench lock clean
+
+help: ## these lines
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+venv: $(READY) ## the virtual environment, from requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'shardmove needs Python 3.11 or newer: make PYTHON=python3.12 …' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY) ## a move under load on embedded servers
+	$(BIN)/shardmove demo
+
+test: lint ## everything that CI runs
+	$(PYTEST) -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
+
+lint: $(READY) ## style, types, and the floors of the house
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY) ## puts the source in shape
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+fault: $(READY) ## the tests in which processes and servers die, the slow ones too
+	$(PYTEST) -m fault
+
+bench: $(READY) ## the benchmarks, beside their peers
+	$(PYTEST) benchmarks --benchmark-only
+
+lock: $(READY) ## requirements.lock anew, from pyproject.toml
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra embedded --extra dev \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	  --output-file requirements.lock pyproject.toml
+
+clean: ## removes what was made
+	rm -rf $(VENV) build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The traffic plane: what stands between a program and the shards."""

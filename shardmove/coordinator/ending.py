@@ -1,0 +1,212 @@
+"""How a move ends: completed, or rolled back. Both erase one side, and take our objects off.
+
+I6: a row is erased on a side only while that side's own record says that the range was given away or never taken over,
+and mirroring into it has ended. `fence.retire` establishes that, and each erasing transaction checks it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+
+from shardmove.coordinator import preflight
+from shardmove.coordinator.cutover import cut_over
+from shardmove.coordinator.hold import Hold
+from shardmove.coordinator.steps import Step, StepRunner, perform, pretend
+from shardmove.domain import points
+from shardmove.domain.errors import Refused
+from shardmove.domain.moves import Direction, Outcome, State
+from shardmove.domain.routes import Routes
+from shardmove.postgres.introspect import Table
+from shardmove.postgres.sql import Interval
+from shardmove.protocol import fence, objects
+from workers.erase import EraseBatch
+from workers.executors import Executor
+
+# --- complete
+
+
+def complete(hold: Hold, *, dry_run: bool = False) -> None:
+    """Ends a switched move for good: mirroring back ends, the range is erased on the source, its fence stays.
+
+    Safe to repeat; a repeat goes on where it stopped.
+
+    Raises:
+        Refused: the move is not switched.
+        Failed: a table could not be locked, a shard does not answer: the move stays `cleaning`; run it again.
+    """
+    if hold.move.state is State.COMPLETED:
+        return
+    if hold.move.state is not State.CLEANING:
+        preflight.require_state(hold.move, State.SWITCHED, "complete")
+    _runner(hold, dry_run)(_completion(hold))
+
+
+def _completion(hold: Hold) -> list[Step]:
+    source, target, ranges = hold.move.source, hold.move.target, hold.move.ranges_text
+    return [
+        Step("carry what is still on its way back", lambda: _last_catch_up(hold)),
+        Step("from here there is no way back", lambda: _enter(hold, State.CLEANING)),
+        Step(f"end mirroring into {source}", lambda: _retire_source(hold)),
+        Step(f"erase {ranges} on {source}", lambda: _erase_range(hold)),
+        Step(
+            f"keep refusing writes to {ranges} on {source}",
+            lambda: objects.keep_fence(hold.source, hold.move.keyspace, hold.move.ranges, hold.tables, hold.patience),
+        ),
+        Step(f"remove our objects from {source}", lambda: remove(hold, source)),
+        Step(f"remove our objects from {target}", lambda: remove(hold, target)),
+        Step("the move is completed", lambda: hold.transition(State.COMPLETED, routes=lambda r: unmarked(hold, r))),
+    ]
+
+
+def _enter(hold: Hold, state: State) -> None:
+    if hold.move.state is not state:
+        hold.transition(state)
+
+
+def _last_catch_up(hold: Hold) -> None:
+    if hold.move.state is State.SWITCHED:
+        with hold.mirror(Direction.BACK) as mirror:
+            mirror.catch_up(full_look=True)
+
+
+def _retire_source(hold: Hold) -> None:
+    if fence.read(hold.source, hold.move.id) is not None:  # else it was erased and cleaned before
+        fence.retire(hold.source, hold.move.id, lease_number=hold.lease.number)
+
+
+def _erase_range(hold: Hold) -> None:
+    """Erases the whole range on the source, children first, interval by interval."""
+    if fence.read(hold.source, hold.move.id) is None:
+        return
+    with hold.make_executor() as executor:
+        for ordinal, table in reversed(list(enumerate(hold.tables, 1))):
+            _erase(hold, executor, hold.move.source, [(ordinal, table, (None, None))], drop_record=False)
+    points.reach("ending.after_erase")
+
+
+# --- rollback
+
+
+def roll_back(hold: Hold, *, dry_run: bool = False) -> None:
+    """Gives a move up: the source owns the range, the target holds nothing of it and nothing of ours.
+
+    From `switched` it reverts first, so that rows written after the cutover survive. The source's rows are never
+    touched. Safe to repeat; a repeat goes on where it stopped.
+
+    Raises:
+        Refused: the move is completed or being completed; or the revert was refused.
+        Failed: a table could not be locked, a shard does not answer: the move stays `rolling_back`; run it again.
+    """
+    if hold.move.state is State.ROLLED_BACK:
+        return
+    if hold.move.state in (State.CLEANING, State.COMPLETED):
+        raise Refused(
+            f"move {hold.move.id} is {hold.move.state}: its source was given up, there is no way back",
+            hint=f"plan a move of {hold.move.ranges_text} back to {hold.move.source}",
+        )
+    if hold.move.state is State.SWITCHED:
+        cut_over(hold, Direction.BACK, dry_run=dry_run)
+    _runner(hold, dry_run)(_retreat(hold))
+
+
+def _retreat(hold: Hold) -> list[Step]:
+    source, target, ranges = hold.move.source, hold.move.target, hold.move.ranges_text
+    return [
+        Step("the move is given up", lambda: _enter(hold, State.ROLLING_BACK)),
+        Step(f"end mirroring into {target}", lambda: _retire_target(hold)),
+        Step(f"triggers off: remove our objects from {source}", lambda: remove(hold, source)),
+        Step(f"erase what was copied of {ranges} on {target}: reverse deletes", lambda: _reverse_deletes(hold)),
+        Step(f"keep refusing writes on {target} where it ever owned the range", lambda: _keep_if_owned(hold)),
+        Step(f"remove our objects from {target}", lambda: remove(hold, target)),
+        Step("the move is rolled back", lambda: hold.transition(State.ROLLED_BACK, routes=lambda r: unmarked(hold, r))),
+    ]
+
+
+def _retire_target(hold: Hold) -> None:
+    if objects.has_schema(hold.target) and fence.read(hold.target, hold.move.id) is not None:
+        hold.tables = objects.load_tables(hold.target, hold.move.id)
+        fence.retire(hold.target, hold.move.id, lease_number=hold.lease.number)
+
+
+def _reverse_deletes(hold: Hold) -> None:
+    """Erases exactly the batches that the target recorded, the newest first, each with its record."""
+    if not objects.has_schema(hold.target) or fence.read(hold.target, hold.move.id) is None:
+        return
+    with hold.make_executor() as executor:
+        _erase(hold, executor, hold.move.target, list(_recorded(hold)), drop_record=True)
+    points.reach("ending.after_reverse_deletes")
+
+
+def _recorded(hold: Hold) -> Iterator[tuple[int, Table, Interval]]:
+    rows = hold.target.execute(
+        "SELECT ordinal, after, upto FROM shardmove.batch WHERE move_id = %s ORDER BY ordinal DESC, number DESC",
+        (hold.move.id,),
+    ).fetchall()
+    for ordinal, after, upto in rows:
+        interval = (None if after is None else tuple(after), None if upto is None else tuple(upto))
+        yield ordinal, hold.tables[ordinal - 1], interval
+
+
+def _keep_if_owned(hold: Hold) -> None:
+    """I4 holds for ever among the shards that ever owned the range: a target that did keeps refusing it."""
+    row = fence.read(hold.target, hold.move.id) if objects.has_schema(hold.target) else None
+    if row is None:
+        return
+    flipped = any(each.attempt.outcome is Outcome.FLIPPED for each in hold.catalog.attempts(hold.move.id))
+    parse = hold.move.keyspace.key_type.parse_range
+    ranges = hold.move.ranges if flipped else tuple(parse(text) for text in row.kept_before)
+    if ranges:
+        objects.keep_fence(hold.target, hold.move.keyspace, ranges, hold.tables, hold.patience)
+
+
+# --- both
+
+
+def _runner(hold: Hold, dry_run: bool) -> StepRunner:
+    return (pretend if dry_run else perform)(hold.progress.step)
+
+
+def _erase(
+    hold: Hold,
+    executor: Executor,
+    shard: str,
+    pieces: list[tuple[int, Table, Interval]],
+    *,
+    drop_record: bool,
+) -> None:
+    under_way: list[Future[int]] = []
+    for ordinal, table, interval in pieces:
+        hold.check()
+        task = EraseBatch(
+            hold.move,
+            ordinal,
+            table,
+            interval,
+            hold.lease.number,
+            shard,
+            hold.config.shard_dsn(shard),
+            hold.config.limits.erase_rows,
+            drop_record,
+        )
+        under_way.append(executor.submit(task))
+        if len(under_way) > 2 * executor.workers:
+            under_way.pop(0).result()
+    for future in under_way:
+        future.result()
+
+
+def remove(hold: Hold, shard: str) -> None:
+    """Takes the move's objects off a shard, if it has any."""
+    connection = hold.connection(shard)
+    if objects.has_schema(connection):
+        objects.remove_move(connection, hold.move.id, hold.patience)
+
+
+def unmarked(hold: Hold, routes: Routes) -> Routes:
+    """The same owners; the ranges are not moving any more."""
+    return Routes.of(
+        routes.keyspace,
+        [replace(r, move_id=None, held=False) if r.move_id == hold.move.id else r for r in routes.routes],
+    )

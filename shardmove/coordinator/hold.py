@@ -1,0 +1,186 @@
+"""A coordinator's hold on one move: its lease, its connections, and the move as it is now."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psycopg
+
+from shardmove.catalog.leases import Lease
+from shardmove.catalog.store import Catalog
+from shardmove.config import Config
+from shardmove.coordinator.progress import Progress
+from shardmove.domain.errors import EpochConflict, Interrupted, LeaseLost, Unreachable
+from shardmove.domain.moves import Direction, Move, State
+from shardmove.domain.routes import Routes
+from shardmove.postgres.connect import Connection, connect, translated
+from shardmove.postgres.introspect import Table
+from shardmove.postgres.locks import Patience
+from shardmove.protocol import fence, objects, ownership
+from shardmove.protocol.catch_up import Mirror
+from workers.executors import Executor
+from workers.pool import ProcessExecutor
+
+RETRIES_OF_A_TRANSITION = 20
+
+
+@dataclass(slots=True)
+class Hold:
+    """Everything that the steps of a move need. Not thread-safe, but for `stop` and `progress`.
+
+    Attributes:
+        stop: set it from anywhere, and the step under way ends at its next safe place with Interrupted.
+        make_executor: who runs the workers' tasks; the process pool unless said otherwise.
+    """
+
+    config: Config
+    catalog: Catalog
+    lease: Lease
+    move: Move
+    stop: threading.Event
+    progress: Progress
+    make_executor: Callable[[], Executor]
+    tables: tuple[Table, ...] = ()
+    _connections: dict[str, Connection] = field(default_factory=dict)
+
+    # --- the two shards
+
+    @property
+    def dsn(self) -> Mapping[str, str]:
+        return {name: self.config.shard_dsn(name) for name in (self.move.source, self.move.target)}
+
+    def connection(self, shard: str) -> Connection:
+        """The coordinator's own session on a shard, in autocommit; opened anew where it was lost."""
+        known = self._connections.get(shard)
+        if known is None or known.closed or known.broken:
+            known = connect(self.config.shard_dsn(shard), application_name=fence.application_name(self.move.id))
+            self._connections[shard] = known
+        return known
+
+    @property
+    def source(self) -> Connection:
+        return self.connection(self.move.source)
+
+    @property
+    def target(self) -> Connection:
+        return self.connection(self.move.target)
+
+    def mirror(self, direction: Direction) -> Mirror:
+        """A mirror of its own connections, for the caller to close."""
+        return Mirror.open(self.move, direction, self.tables, self.dsn)
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(self.config.limits.ddl_lock_timeout_ms, self.config.limits.ddl_patience_s)
+
+    # --- the catalog
+
+    def refresh(self) -> None:
+        """Reads the move again, and the tables that were recorded when it began."""
+        self.move = self.catalog.move(self.move.id)
+        for connection in (self.source, self.target):
+            if not self.tables and objects.has_schema(connection):
+                self.tables = objects.load_tables(connection, self.move.id)
+
+    def transition(self, after: State, *, routes: Callable[[Routes], Routes] | None = None, **detail: object) -> None:
+        """Moves on to the next state; with `routes`, publishes the changed routes in the same transaction.
+
+        Raises:
+            LeaseLost, IllegalTransition: nothing was changed.
+        """
+        before = self.move.state
+        for last in range(RETRIES_OF_A_TRANSITION, -1, -1):
+            table = self.catalog.routes() if routes else None
+            change = None
+            if table is not None and routes is not None:
+                change = (routes(table[self.move.keyspace.name]), table.epoch)
+            try:
+                self.catalog.transition(
+                    self.move.id, before, after, lease_number=self.lease.number, detail=detail, routes=change
+                )
+                break
+            except EpochConflict:
+                if last == 0:
+                    raise
+        self.refresh()
+        self.progress.state(after)
+
+    def check(self) -> None:
+        """Between two pieces of work: raises Interrupted where somebody asked to stop, LeaseLost where we were taken
+        for dead."""
+        if self.lease.lost.is_set():
+            raise LeaseLost(f"move {self.move.id}: the lease was lost while the move ran")
+        if self.stop.is_set():
+            raise Interrupted(
+                f"move {self.move.id} was interrupted while {self.move.state}; nothing is lost",
+                hint=f"`shardmove run {self.move.id}` goes on from there",
+            )
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+
+@contextmanager
+def hold(
+    config: Config,
+    catalog: Catalog,
+    move_id: str,
+    *,
+    holder: str,
+    stop: threading.Event | None = None,
+    progress: Progress | None = None,
+    make_executor: Callable[[], Executor] | None = None,
+) -> Iterator[Hold]:
+    """Takes the move's lease, makes both shards refuse every earlier holder, and settles what that one left undecided.
+
+    Raises:
+        LeaseHeld: another coordinator is alive and has it.
+        Unreachable: a shard does not answer; an attempt that the catalog and the source could settle is settled.
+        NotFound: no such move.
+    """
+    catalog.move(move_id)
+    with catalog.acquire(move_id, holder=holder, ttl_s=config.limits.lease_ttl_s) as lease:
+        held = Hold(
+            config,
+            catalog,
+            lease,
+            catalog.move(move_id),
+            stop or threading.Event(),
+            progress or Progress(),
+            make_executor or (lambda: ProcessExecutor(config.limits.workers)),
+        )
+        try:
+            _take_over(held)
+            yield held
+        finally:
+            held.close()
+
+
+def _take_over(held: Hold) -> None:
+    """The number on the shards first, then the state: whoever held the move before changes nothing from here on."""
+    out_of_reach: Unreachable | None = None
+    for shard in (held.move.source, held.move.target):
+        try:
+            raise_number(held, shard)
+        except Unreachable as error:
+            out_of_reach = error
+    held.move = held.catalog.move(held.move.id)
+    with translated(f"move {held.move.id}"):
+        ownership.settle_newest(held.catalog, held.move, held.connection, reason="the coordinator ended in between")
+    if out_of_reach is not None:
+        raise out_of_reach
+    held.refresh()
+
+
+def raise_number(held: Hold, shard: str) -> None:
+    """Makes one shard refuse every lower lease number."""
+    try:
+        connection = held.connection(shard)
+        if objects.has_schema(connection):
+            fence.raise_number(connection, held.move.id, held.lease.number)
+    except psycopg.OperationalError as error:
+        raise Unreachable(f"shard {shard} does not answer: {str(error).strip()}") from error

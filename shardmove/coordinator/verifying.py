@@ -1,0 +1,161 @@
+"""The state `verifying`, and every later full comparison of a move."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from shardmove.coordinator.copying import mirror_beside
+from shardmove.coordinator.hold import Hold
+from shardmove.coordinator.preflight import Site, schema_difference
+from shardmove.domain.errors import DifferencesFound, Refused
+from shardmove.domain.moves import State
+from shardmove.postgres.introspect import Table
+from shardmove.protocol import drift, objects
+from shardmove.verify.comparison import Sides, TableComparison, compare
+
+REPAIR_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a comparison found, all tables. `repaired`: keys that were marked dirty and carried anew before."""
+
+    tables: Sequence[TableComparison]
+    elapsed_s: float
+    repaired: int = 0
+
+    @property
+    def equal(self) -> bool:
+        return all(table.equal for table in self.tables)
+
+
+def verify(hold: Hold) -> None:
+    """`verifying` → `ready`: reads both sides again in full, and goes on only where they are equal (I5).
+
+    A schema that changed since the move looked last is looked at anew: where it is equal on both sides and the triggers
+    are armed, what the change did to the rows is compared, mended through the journal, and compared again.
+
+    Raises:
+        DifferencesFound: rows differ, and no DDL explains it. The move stays `verifying`.
+        Refused: the schema is not equal on both sides any more.
+    """
+    drifted = accept_drift(hold)
+    verdict = compare_in_full(hold, repair=drifted)
+    hold.catalog.set_stats(
+        hold.move.id, {"rows_verified": sum(table.rows_owner for table in verdict.tables)}, hold.lease.number
+    )
+    require_equal(hold, verdict)
+    hold.transition(State.READY, rows=sum(table.rows_owner for table in verdict.tables), repaired=verdict.repaired)
+
+
+def require_equal(hold: Hold, verdict: Verdict) -> None:
+    """Raises DifferencesFound that counts what differs, per table."""
+    if verdict.equal:
+        return
+    worst = "; ".join(
+        f"{each.table.name}: {len(each.missing)} missing, {len(each.extra)} extra, {len(each.different)} different"
+        for each in verdict.tables
+        if not each.equal
+    )
+    raise DifferencesFound(
+        f"move {hold.move.id}: the two sides differ: {worst}",
+        hint=f"did somebody write behind the fence? `shardmove verify {hold.move.id} --repair` mends it",
+    )
+
+
+def compare_in_full(hold: Hold, *, repair: bool = False) -> Verdict:
+    """Compares both sides under live writes, with the mirror running beside.
+
+    With `repair`, keys that differ are marked dirty in the journal and carried anew, then everything is compared again:
+    a repair is not a verification.
+    """
+    repaired = 0
+    for round_ in range(REPAIR_ROUNDS + 1):
+        verdict = _once(hold, repaired)
+        if verdict.equal or not repair or round_ == REPAIR_ROUNDS:
+            return verdict
+        repaired += mark_dirty(hold, verdict.tables)
+        with hold.mirror(hold.move.flow) as mirror:
+            mirror.until_empty()
+    raise AssertionError("unreachable")
+
+
+def _once(hold: Hold, repaired: int) -> Verdict:
+    started = time.monotonic()
+    direction = hold.move.flow
+    sides = Sides(hold.move, direction, hold.tables, hold.dsn, lambda: hold.mirror(direction))
+    for table in hold.tables:
+        hold.progress.table(str(table.name)).rows_verified = 0
+
+    def on_rows(table: Table, rows: int) -> None:
+        hold.progress.table(str(table.name)).rows_verified += rows
+
+    with mirror_beside(hold, direction) as mirror, hold.make_executor() as executor:
+
+        def check() -> None:
+            hold.check()
+            mirror.check()
+
+        found = compare(sides, executor, hold.config.limits, check=check, on_rows=on_rows)
+    return Verdict(found, time.monotonic() - started, repaired)
+
+
+def mark_dirty(hold: Hold, tables: Sequence[TableComparison]) -> int:
+    """Puts keys into the owner's journal as if their rows had been written: the mirror carries them as they are."""
+    owner = hold.connection(hold.move.giver(hold.move.flow))
+    marked = 0
+    for ordinal, each in enumerate(tables, 1):
+        if not each.keys:
+            continue
+        names = sql.SQL(", ").join(sql.Identifier(column.name) for column in each.table.keyset)
+        owner.execute(
+            sql.SQL("INSERT INTO {} ({}) SELECT * FROM {}").format(
+                objects.journal(hold.move.id, ordinal), names, each.table.unnested(each.keys)
+            )
+        )
+        marked += len(each.keys)
+    hold.catalog.record("repaired", hold.move.id, keys=marked)
+    return marked
+
+
+def accept_drift(hold: Hold) -> bool:
+    """Takes the schema as it is now for the move's, where it is equal on both sides and armed; True where it changed.
+
+    To be called only before a full comparison.
+
+    Raises:
+        Refused: the schema differs between the sides. Nothing was changed.
+    """
+    drifted = [
+        shard
+        for shard in (hold.move.source, hold.move.target)
+        if drift.is_drifted(hold.connection(shard), hold.move.id, hold.tables)
+    ]
+    if not drifted:
+        return False
+    problem = schema_difference(Site(hold.move, hold.source, hold.target))
+    if problem is not None:
+        raise Refused(f"move {hold.move.id}: {problem.message}", hint=problem.hint)
+    for shard in drifted:
+        connection = hold.connection(shard)
+        part = objects.Part(hold.move, hold.tables, is_source=shard == hold.move.source)
+        objects.install_triggers(connection, part, hold.patience)
+        drift.record_fingerprint(connection, hold.move.id, hold.tables, lease_number=hold.lease.number)
+        hold.catalog.record("schema_changed", hold.move.id, shard=shard)
+    return True
+
+
+def compare_anew_if_drifted(hold: Hold) -> None:
+    """In `ready` and `switched`: after DDL, everything is compared anew before a cutover in either direction."""
+    if hold.move.state is State.READY and any(
+        drift.is_drifted(hold.connection(shard), hold.move.id, hold.tables)
+        for shard in (hold.move.source, hold.move.target)
+    ):
+        hold.transition(State.VERIFYING)
+        verify(hold)
+    elif hold.move.state is State.SWITCHED and accept_drift(hold):
+        require_equal(hold, compare_in_full(hold, repair=True))

@@ -1,0 +1,1 @@
+"""Pure values and rules: keys, ranges, routes, moves, digests, errors. No I/O."""

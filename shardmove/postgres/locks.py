@@ -1,0 +1,86 @@
+"""DDL and table locks that never wait in front of the application.
+
+A lock request that waits makes everybody behind it wait too. So: look first who would be in the way, ask with a short
+lock_timeout (which is per lock) and a statement_timeout (which is not), one table at a time, and try again later.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from psycopg import errors
+
+from shardmove.domain.errors import Failed
+from shardmove.domain.moves import TableName
+from shardmove.postgres.connect import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long one try may hold up others, and how long tries are repeated."""
+
+    lock_timeout_ms: int
+    total_s: float
+
+
+_IN_THE_WAY = """
+    SELECT DISTINCT a.pid, coalesce(nullif(a.application_name, ''), a.backend_type), a.usename,
+           pg_catalog.extract('epoch', pg_catalog.clock_timestamp() - a.xact_start)::float8
+    FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)
+    WHERE l.relation = (SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n
+                        ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s)
+      AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+      AND l.granted AND a.pid <> pg_catalog.pg_backend_pid() AND (%s OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
+      AND a.xact_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %s)
+    ORDER BY 4 DESC
+"""
+
+
+def in_the_way(connection: Connection, name: TableName, *, readers: bool, longer_than_s: float) -> list[str]:
+    """Who has held a lock on the table for longer, oldest first, in words. `readers`: they would be in the way too."""
+    rows = connection.execute(_IN_THE_WAY, (name.schema, name.name, readers, longer_than_s)).fetchall()
+    return [f"pid {pid} ({application}, role {role}) for {age:.1f} s" for pid, application, role, age in rows]
+
+
+def change_table(
+    connection: Connection,
+    name: TableName,
+    change: Callable[[], None],
+    *,
+    patience: Patience,
+    readers_block: bool = False,
+) -> None:
+    """Runs a DDL change of one table in a transaction of its own, in tries that stall nobody for long.
+
+    Raises:
+        Failed: somebody was in the way until the patience ended; names them. Nothing was changed.
+    """
+    deadline = time.monotonic() + patience.total_s
+    pause = threading.Event()  # a pause that nobody cuts short: retries of a lock have no event to wait for
+    while True:
+        blockers = in_the_way(connection, name, readers=readers_block, longer_than_s=patience.lock_timeout_ms / 1000)
+        if not blockers and _try(connection, change, patience.lock_timeout_ms):
+            return
+        if time.monotonic() > deadline:
+            who = "; ".join(blockers) or "short transactions, one after the other"
+            raise Failed(
+                f"could not lock the table {name} within {patience.total_s:g} s: in the way: {who}",
+                hint="end the transaction that is in the way, then run the same command again",
+            )
+        pause.wait(min(0.5, patience.lock_timeout_ms / 1000 * 2))
+
+
+def _try(connection: Connection, change: Callable[[], None], lock_timeout_ms: int) -> bool:
+    try:
+        with connection.transaction():
+            connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
+            connection.execute(
+                "SELECT pg_catalog.set_config('statement_timeout', %s, true)", (f"{lock_timeout_ms * 5}ms",)
+            )
+            change()
+    except (errors.LockNotAvailable, errors.QueryCanceled, errors.DeadlockDetected):
+        return False
+    return True

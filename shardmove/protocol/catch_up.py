@@ -1,0 +1,370 @@
+"""Catch-up: one pass of the mirror. Anyone may run it, any number of them, at any time.
+
+    receiver   BEGIN; exclusive catch-up lock; fence row FOR SHARE: closed, mirrored from the giver; batch records
+    giver      BEGIN REPEATABLE READ; DELETE the visible journal entries that the gate lets through; read those rows
+    receiver   delete those keys, children first; COPY the rows in, parents first; read back and compare
+    giver      make the log durable up to the snapshot
+    receiver   COMMIT
+    giver      COMMIT
+
+The order of the two beginnings is I3: a catch-up that read before it held the lock could apply an old row after another
+had applied a newer one and emptied the journal. The order of the two commits is safety: die between them, and the
+entries come back, and the rows are applied once more, as they are then.
+
+When a pass leaves the journal empty and everything is copied, the receiver is the giver as of that snapshot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psycopg
+from psycopg import errors, sql
+
+from shardmove.domain import points
+from shardmove.domain.digests import Digest, Hasher
+from shardmove.domain.errors import BatchMismatch, Failed
+from shardmove.domain.moves import Direction, Move
+from shardmove.postgres.connect import Connection, connect
+from shardmove.postgres.introspect import Table, table_sql
+from shardmove.postgres.sql import Position, in_ranges, names
+from shardmove.protocol import drift, fence
+from shardmove.protocol.gate import gate
+from shardmove.protocol.objects import MARKER, XID, journal
+
+RETRIES = 20
+
+Keys = Mapping[int, Sequence[Position]]
+"""Per ordinal of a table, the keyset positions that changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one catch-up did.
+
+    Attributes:
+        keys: distinct keys that were carried, all tables together.
+        is_empty: the journal held nothing more at the pass's snapshot: with everything copied, both sides are equal as
+            of that snapshot.
+        xmin: every transaction before this one had ended at the pass's snapshot.
+    """
+
+    keys: int
+    is_empty: bool
+    elapsed_s: float
+    xmin: int
+
+
+@dataclass(slots=True)
+class Mirror:
+    """Two connections for one direction of one move, and where the journal was read up to. Not thread-safe.
+
+    Attributes:
+        scan_from: per table, entries of transactions before this one are known to be gone: dead entries behind a long
+            report are not looked at again. 0 is a full look.
+        gate: per table, what may be carried now; read anew in each pass.
+    """
+
+    move: Move
+    direction: Direction
+    tables: Sequence[Table]
+    giver: Connection
+    receiver: Connection
+    giver_dsn: str
+    scan_from: dict[int, int] = field(default_factory=dict)
+    gate: Mapping[int, sql.Composable] = field(default_factory=dict)
+    flusher: Connection | None = None
+
+    @classmethod
+    def open(cls, move: Move, direction: Direction, tables: Sequence[Table], dsn: Mapping[str, str]) -> Mirror:
+        """Connects to both shards. `dsn` maps shard names to connection strings."""
+        name = fence.application_name(move.id)
+        giver = connect(dsn[move.giver(direction)], application_name=name)
+        try:
+            receiver = connect(dsn[move.receiver(direction)], application_name=name)
+        except BaseException:
+            giver.close()
+            raise
+        return cls(move, direction, tables, giver, receiver, dsn[move.giver(direction)])
+
+    def close(self) -> None:
+        for connection in (self.giver, self.receiver, self.flusher):
+            if connection is not None:
+                connection.close()
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- a pass
+
+    def catch_up(
+        self,
+        *,
+        rows_max: int | None = None,
+        full_look: bool = False,
+        at_snapshot: Callable[[], None] = lambda: None,
+    ) -> Pass:
+        """One pass. `rows_max` bounds the entries of a table that are taken; `full_look` reads the whole journal;
+        `at_snapshot` is called while the giver's transaction is open at the pass's snapshot.
+
+        Raises:
+            MirrorRefused: the receiver's record does not allow it (any more).
+            SchemaDrift, ServerChanged: see there.
+            BatchMismatch: what was read back is not what was sent.
+            Failed: another catch-up was in the way every time.
+            psycopg.Error: anything else; as with all of these, nothing was changed and no entry was lost.
+        """
+        if full_look:
+            self.scan_from.clear()
+        for _ in range(RETRIES):
+            try:
+                return self._pass(rows_max, at_snapshot)
+            except errors.SerializationFailure:
+                continue  # directly behind another catch-up that had yet to commit on the giver
+            except errors.UniqueViolation:
+                if rows_max is None:
+                    raise
+                rows_max = None  # a unique value passed between keys of which only some were taken
+        raise Failed(f"move {self.move.id}: {RETRIES} catch-ups in a row met another one on the same entries")
+
+    def until_empty(self, *, passes_max: int = 100) -> Pass:
+        """Catches up until a full look finds nothing more. With the giver's fence closed one pass is enough.
+
+        Raises Failed where writers are faster.
+        """
+        for _ in range(passes_max):
+            done = self.catch_up(full_look=True)
+            if done.is_empty:
+                return done
+        raise Failed(f"move {self.move.id}: the journal was not empty after {passes_max} catch-ups")
+
+    def _pass(self, rows_max: int | None, at_snapshot: Callable[[], None]) -> Pass:
+        started = time.monotonic()
+        with both_transactions(self):
+            keys, xmin, left = self._take(rows_max)
+            carried = sum(len(positions) for positions in keys.values())
+            if carried:
+                self._apply(keys)
+                points.reach("catch_up.before_flush")
+                self._flush_giver()
+            at_snapshot()
+            points.reach("catch_up.before_receiver_commit")
+            self.receiver.execute("COMMIT")
+            points.reach("catch_up.between_commits")
+            self.giver.execute("COMMIT")
+        points.reach("catch_up.after_giver_commit")
+        for ordinal, oldest in left.items():
+            self.scan_from[ordinal] = xmin if oldest is None else min(xmin, oldest)
+        return Pass(carried, all(oldest is None for oldest in left.values()), time.monotonic() - started, xmin)
+
+    def _take(self, rows_max: int | None) -> tuple[Keys, int, dict[int, int | None]]:
+        """Deletes what the gate lets through: keys per table, the snapshot's xmin, the oldest entry left per table."""
+        keys: dict[int, list[Position]] = {}
+        left: dict[int, int | None] = {}
+        xmin = _snapshot_xmin(self.giver)
+        for ordinal, table in enumerate(self.tables, 1):
+            start = self.scan_from.get(ordinal, 0)
+            keys[ordinal] = take_entries(self.giver, self.move.id, ordinal, table, self.gate[ordinal], start, rows_max)
+            left[ordinal] = _oldest_left(self.giver, self.move.id, ordinal, start)
+        return keys, xmin, left
+
+    def _apply(self, keys: Keys) -> None:
+        become_replica(self.receiver, self.move.id)
+        by_ordinal = dict(enumerate(self.tables, 1))
+        changed = {ordinal: positions for ordinal, positions in keys.items() if positions}
+        for ordinal in sorted(changed, reverse=True):
+            delete_rows(self.receiver, self.move, by_ordinal[ordinal], changed[ordinal])
+        for ordinal in sorted(changed):
+            table, positions = by_ordinal[ordinal], changed[ordinal]
+            rows = read_rows(self.move, table, positions)
+            sent = relay(self.giver, rows, self.receiver, copy_in(table))
+            points.reach("catch_up.before_compare")
+            compare(sent, digest_of(self.receiver, rows), self.move, table)
+
+    def _flush_giver(self) -> None:
+        """An application's asynchronous commit that we carried over must not outlive its own shard."""
+        flush_log(self)
+
+
+@contextmanager
+def both_transactions(mirror: Mirror) -> Iterator[None]:
+    """Begins both transactions of a pass; rolls both back on any error. Who commits is the caller.
+
+    A connection that does not even take the rollback is closed, for the owner of the mirror to replace.
+    """
+    try:
+        for begin in beginnings():
+            begin(mirror)
+        yield
+    except BaseException:
+        for connection in (mirror.receiver, mirror.giver):
+            _roll_back(connection)
+        raise
+
+
+def _roll_back(connection: Connection) -> None:
+    try:
+        connection.rollback()
+    except psycopg.Error:
+        connection.close()
+
+
+def beginnings() -> Sequence[Callable[[Mirror], None]]:
+    """The receiver's lock, row and records first, then the giver's snapshot (I3)."""
+    return begin_receiver, begin_giver
+
+
+def begin_receiver(mirror: Mirror) -> None:
+    """The receiver's lock, its own record, and the gate, in this order."""
+    move, receiver = mirror.move, mirror.receiver
+    receiver.execute("BEGIN")
+    receiver.execute(
+        "SELECT pg_catalog.pg_advisory_xact_lock(mirror_key) FROM shardmove.fence WHERE move_id = %s", (move.id,)
+    )
+    row = fence.check_receiving(receiver, move.id, move.giver(mirror.direction))
+    drift.check_identity(receiver, move.receiver(mirror.direction), move.identities)
+    points.reach("catch_up.after_receiver_lock")
+    mirror.gate = gate(receiver, row, mirror.tables)
+
+
+def begin_giver(mirror: Mirror) -> None:
+    """The snapshot that entries and rows are read at. REPEATABLE READ: the set of entries is the snapshot's."""
+    giver_name = mirror.move.giver(mirror.direction)
+    mirror.giver.execute(giver_begin())
+    drift.check_identity(mirror.giver, giver_name, mirror.move.identities)
+    drift.check_fingerprint(mirror.giver, mirror.move.id, mirror.tables, giver_name)
+    points.reach("catch_up.after_giver_snapshot")
+
+
+def giver_begin() -> sql.SQL:
+    return sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ")
+
+
+def _snapshot_xmin(connection: Connection) -> int:
+    row = connection.execute("SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def take_entries(
+    giver: Connection,
+    move_id: str,
+    ordinal: int,
+    table: Table,
+    passes: sql.Composable,
+    start: int,
+    rows_max: int | None,
+) -> list[Position]:
+    """Deletes the entries that are visible and let through, and returns their keys, each once."""
+    name = journal(move_id, ordinal)
+    wanted = sql.SQL("{} >= {}::xid8 AND {}").format(sql.Identifier(XID), sql.Literal(str(start)), passes)
+    if rows_max is not None:
+        wanted = sql.SQL("ctid = ANY (ARRAY(SELECT ctid FROM {} WHERE {} LIMIT {}))").format(
+            name, wanted, sql.Literal(rows_max)
+        )
+    rows = giver.execute(
+        sql.SQL("DELETE FROM {} WHERE {} RETURNING {}").format(name, wanted, table.keyset_as_text())
+    ).fetchall()
+    return list(dict.fromkeys(tuple(row) for row in rows))
+
+
+def _oldest_left(giver: Connection, move_id: str, ordinal: int, start: int) -> int | None:
+    """The oldest entry that stays: gated, or beyond the bound. The next scan must not start after it."""
+    row = giver.execute(
+        sql.SQL("SELECT {xid}::text FROM {} WHERE {xid} >= {}::xid8 ORDER BY {xid} LIMIT 1").format(
+            journal(move_id, ordinal), sql.Literal(str(start)), xid=sql.Identifier(XID)
+        )
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+# --- pieces that batches share
+
+
+def become_replica(connection: Connection, move_id: str) -> None:
+    """For this transaction: user triggers do not fire twice, foreign keys are not checked again, and our own triggers
+    know the writes as the mirror's."""
+    connection.execute(
+        "SELECT pg_catalog.set_config(%s, %s, true)",
+        (MARKER, move_id),
+    )
+    connection.execute("SELECT pg_catalog.set_config('session_replication_role', 'replica', true)")
+
+
+def in_move(move: Move, table: Table) -> sql.Composable:
+    """The range's predicate: on a live target the same id may belong to another tenant."""
+    return in_ranges(sql.Identifier(table.key_column), move.ranges, move.keyspace.key_type)
+
+
+def delete_rows(receiver: Connection, move: Move, table: Table, positions: Sequence[Position]) -> None:
+    receiver.execute(
+        sql.SQL("DELETE FROM {} WHERE {} AND {}").format(
+            table_sql(table), table.listed(positions), in_move(move, table)
+        )
+    )
+
+
+def read_rows(move: Move, table: Table, positions: Sequence[Position]) -> sql.Composed:
+    """The rows at these positions as they are now, if they are in the range: a re-read, never an image (I3)."""
+    return select_rows(table, sql.SQL("{} AND {}").format(table.listed(positions), in_move(move, table)))
+
+
+def select_rows(table: Table, condition: sql.Composable) -> sql.Composed:
+    """COPY of the named columns in keyset order: the same bytes on both sides for the same rows."""
+    return sql.SQL("COPY (SELECT {} FROM {} WHERE {} ORDER BY {}) TO STDOUT {}").format(
+        names(table.columns), table_sql(table), condition, table.order, table.copy_options
+    )
+
+
+def copy_in(table: Table) -> sql.Composed:
+    return sql.SQL("COPY {} ({}) FROM STDIN {}").format(table_sql(table), names(table.columns), table.copy_options)
+
+
+def relay(giver: Connection, rows: sql.Composed, receiver: Connection, into: sql.Composed) -> Digest:
+    """Streams a COPY from one server into the other, hashing on the way. Memory: one row."""
+    hasher = Hasher()
+    with giver.cursor() as reading, receiver.cursor() as writing:
+        with reading.copy(rows) as source, writing.copy(into) as sink:
+            for block in source:
+                hasher.update(block)
+                sink.write(block)
+        if reading.rowcount != writing.rowcount:
+            raise BatchMismatch(f"{reading.rowcount} rows were read, {writing.rowcount} were written")
+        return hasher.digest(reading.rowcount)
+
+
+def digest_of(connection: Connection, rows: sql.Composed) -> Digest:
+    """The digest of what a COPY TO yields, without keeping it."""
+    hasher = Hasher()
+    with connection.cursor() as cursor:
+        with cursor.copy(rows) as stream:
+            for block in stream:
+                hasher.update(block)
+        return hasher.digest(cursor.rowcount)
+
+
+def compare(sent: Digest, stored: Digest, move: Move, table: Table) -> None:
+    """Raises BatchMismatch unless what the receiver stores is what the giver sent, exactly."""
+    if sent != stored:
+        raise BatchMismatch(
+            f"move {move.id}: the target read back other rows of {table.name} than were sent:"
+            f" {sent} sent, {stored} stored",
+            hint="look for triggers, rules, types or collations on the target that change what is written",
+        )
+
+
+def flush_log(mirror: Mirror) -> None:
+    """Makes the giver's log durable up to the snapshot, before the receiver commits what was read from it."""
+    if mirror.giver.info.server_version >= 170000:
+        mirror.giver.execute("SELECT pg_catalog.pg_logical_emit_message(false, 'shardmove', '', true)")
+        return
+    if mirror.flusher is None or mirror.flusher.closed:
+        mirror.flusher = connect(mirror.giver_dsn, application_name=fence.application_name(mirror.move.id))
+    # A transaction that wrote to the log and commits synchronously takes all that is before it along.
+    mirror.flusher.execute("SELECT pg_catalog.pg_logical_emit_message(true, 'shardmove', '')")

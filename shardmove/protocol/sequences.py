@@ -1,0 +1,111 @@
+"""Sequences of the moving tables: the receiver must never hand out a number that the giver has handed out.
+
+They are set beforehand, with a margin, and only upwards. `setval` races with `nextval` of the receiver's own tenants:
+a value computed from an old reading could put the sequence back. So a new value always lies a whole margin above both
+sides, and the race would need that many numbers within one statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from shardmove.domain.errors import Failed, Refused
+from shardmove.postgres.connect import Connection
+from shardmove.postgres.introspect import Table, table_sql
+
+_SEQUENCES = """
+    SELECT t.oid::regclass::text, a.attname, s.oid::regclass::text, q.seqincrement, q.seqmax, q.seqmin
+    FROM unnest(%s::regclass[]) AS t(oid)
+    JOIN (
+        SELECT d.refobjid AS relation, d.refobjsubid AS attnum, d.objid AS sequence
+        FROM pg_catalog.pg_depend d
+        WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
+          AND d.refobjsubid > 0
+        UNION
+        SELECT ad.adrelid, ad.adnum, d.refobjid
+        FROM pg_catalog.pg_attrdef ad JOIN pg_catalog.pg_depend d
+          ON d.classid = 'pg_attrdef'::regclass AND d.objid = ad.oid AND d.refclassid = 'pg_class'::regclass
+    ) AS used ON used.relation = t.oid
+    JOIN pg_catalog.pg_class s ON s.oid = used.sequence AND s.relkind = 'S'
+    JOIN pg_catalog.pg_sequence q ON q.seqrelid = s.oid
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = used.attnum
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """One sequence on one shard, as it stands now. `reach` counts in the sequence's own direction."""
+
+    name: str
+    increment: int
+    limit: int
+    last_value: int
+
+    @property
+    def reach(self) -> int:
+        return self.last_value if self.increment > 0 else -self.last_value
+
+
+Counters = Mapping[tuple[str, str], Counter]
+"""By (table, column): the names of the sequences may differ from shard to shard."""
+
+
+def counters(connection: Connection, tables: Sequence[Table]) -> Counters:
+    """Every sequence that feeds a column of the moving tables: identity, serial, or a default with nextval."""
+    listed = [table_sql(table).as_string(connection) for table in tables]
+    rows = connection.execute(_SEQUENCES, (listed,)).fetchall()
+    return {
+        (table, column): Counter(name, increment, maximum if increment > 0 else -minimum, _last_value(connection, name))
+        for table, column, name, increment, maximum, minimum in rows
+    }
+
+
+def _last_value(connection: Connection, name: str) -> int:
+    # regclass::text comes quoted from the server, with its schema, since search_path is empty
+    row = connection.execute("SELECT pg_catalog.pg_sequence_last_value(%s::regclass)", (name,)).fetchone()
+    if row is not None and row[0] is not None:
+        return int(row[0])
+    row = connection.execute("SELECT seqstart - seqincrement FROM pg_catalog.pg_sequence WHERE seqrelid = %s::regclass",
+                             (name,)).fetchone()  # fmt: skip
+    assert row is not None
+    return int(row[0])
+
+
+def advance(receiver: Connection, giver: Connection, tables: Sequence[Table], *, margin: int) -> list[str]:
+    """Puts the receiver's sequences a margin above the giver's, where they are not at least half of it above already.
+
+    Returns the names of the sequences that were set. Safe to repeat, and under writes on both sides.
+
+    Raises:
+        Refused: a sequence of the giver has none at the receiver, or its type has no room for the margin.
+    """
+    theirs, ours, moved = counters(receiver, tables), counters(giver, tables), []
+    for place, given in ours.items():
+        if place not in theirs:
+            raise Refused(f"the column {'.'.join(place)} has a sequence on one shard and none on the other")
+        received = theirs[place]
+        if received.reach >= given.reach + margin // 2:
+            continue
+        reach = max(received.reach, given.reach) + margin
+        if reach > received.limit:
+            raise Refused(
+                f"the sequence {received.name} ends at {received.limit}, too near to set it {margin} above the other"
+                " shard's",
+                hint="[limits] sequence_margin, or a wider type of the column",
+            )
+        value = reach if received.increment > 0 else -reach
+        receiver.execute("SELECT pg_catalog.setval(%s::regclass, %s)", (received.name, value))
+        moved.append(received.name)
+    return moved
+
+
+def check(receiver: Connection, giver: Connection, tables: Sequence[Table]) -> None:
+    """Raises Failed where a sequence of the receiver is behind the giver's. To be called with the giver closed."""
+    theirs = counters(receiver, tables)
+    for place, given in counters(giver, tables).items():
+        if place not in theirs or theirs[place].reach < given.reach:
+            raise Failed(
+                f"the sequence of {'.'.join(place)} is behind the other shard's: it would hand out used numbers",
+                hint="[limits] sequence_margin is too small for this write rate",
+            )

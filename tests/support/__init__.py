@@ -1,0 +1,1 @@
+"""What tests share. Every module here is a pytest plugin that `tests/conftest.py` loads."""

@@ -1,0 +1,48 @@
+"""What a task is, and how any executor runs one: a picklable value that works on a worker's connections.
+
+Every task is safe to repeat, as often as wanted: executors run a task again when its worker died.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import psycopg
+from psycopg import sql
+
+from shardmove.domain.errors import Failed
+from shardmove.postgres.connect import Connection, explain, translated
+from workers.connections import Connections
+
+Result = TypeVar("Result", covariant=True)
+
+
+class Task(Protocol[Result]):
+    """One piece of work. Its transactions are committed or rolled back when `run` returns or raises."""
+
+    def run(self, connections: Connections) -> Result: ...
+
+
+def run(task: Task[Result], connections: Connections) -> Result:
+    """Runs one task; what a server said becomes an error of ours, so that it survives the way to the coordinator.
+
+    Raises:
+        ShardmoveError: as the task does; SchemaDrift, Unreachable or Failed for an error of psycopg.
+    """
+    try:
+        with translated(type(task).__name__):
+            return task.run(connections)
+    except psycopg.Error as error:
+        raise Failed(f"{type(task).__name__}: {explain(error)}") from error
+
+
+@contextmanager
+def snapshot(connection: Connection, exported: str | None = None) -> Iterator[None]:
+    """A REPEATABLE READ READ ONLY transaction, at an exported snapshot where one is given."""
+    with connection.transaction():
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        if exported is not None:
+            connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(exported)))
+        yield
