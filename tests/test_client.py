@@ -17,6 +17,8 @@ from shardmove.domain.errors import ConfigurationError, ShardmoveError
 from shardmove.postgres.embedded import Cluster
 from tests.support.servers import Databases
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 Connection = psycopg.Connection[Any]
 
 CATALOG = """
@@ -52,6 +54,13 @@ class World:
             with _connect(dsns[shard]) as conn:
                 conn.execute(SHARD)
 
+    def close(self) -> None:
+        self._catalog.close()
+
+    def reconnect(self) -> None:
+        self.close()
+        self._catalog = _connect(self.dsns["cat"])
+
     def publish(self, shard: str, *, held: bool = False, announce: bool = True) -> None:
         """All keys from 0 on belong to the shard; the negative ones to s1, always."""
         self.epoch += 1
@@ -80,11 +89,12 @@ class World:
 
 
 @pytest.fixture
-def world(databases: Databases) -> World:
+def world(databases: Databases) -> Iterator[World]:
     world = World(databases("s1", "s2", "cat"))
     world.publish("s1")
     world.fence("s2", closed=True)
-    return world
+    yield world
+    world.close()
 
 
 @pytest.fixture
@@ -383,7 +393,7 @@ def test_routes_that_changed_while_the_catalog_was_away_are_found(world: World, 
     client = world.client()
     client.transaction(7, put(7, 1))
     servers["cat"].restart("immediate")
-    world._catalog = _connect(world.dsns["cat"])
+    world.reconnect()
     world.fence("s1", closed=True)
     world.fence("s2", closed=False)
     world.publish("s2", announce=False)

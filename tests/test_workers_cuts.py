@@ -39,7 +39,8 @@ ROWS = {
     ),
     "one key with nearly all rows": (
         None,
-        "INSERT INTO orders SELECT CASE WHEN i % 50 = 0 THEN 100 + i % 90 ELSE 150 END, i FROM generate_series(1, 500) i",
+        "INSERT INTO orders SELECT CASE WHEN i % 50 = 0 THEN 100 + i % 90 ELSE 150 END, i"
+        " FROM generate_series(1, 500) i",
     ),
     "rows outside the range": (
         None,
@@ -47,8 +48,8 @@ ROWS = {
     ),
     "composite": (
         COMPOSITE,
-        "INSERT INTO orders SELECT 100 + i % 5, i % 3, 'it''s \\ \"é\" ' || i % 4, '2020-01-01'::timestamptz + i * '1 us'::interval"
-        " FROM generate_series(1, 200) i",
+        "INSERT INTO orders SELECT 100 + i % 5, i % 3, 'it''s \\ \"é\" ' || i % 4,"
+        " '2020-01-01'::timestamptz + i * '1 us'::interval FROM generate_series(1, 200) i",
     ),
     "nothing": (None, ""),
 }  # fmt: skip
@@ -137,9 +138,8 @@ def test_cuts_and_batches_are_answered_by_the_index(engine: Callable[..., Engine
             interval = next(walk(connection, made.move, made.table, (start, None), lambda: 2000))
             batch = plan(connection, rows_of(made.move, made.table, interval))
             assert "Seq Scan" not in batch
-            assert all(
-                f"ROW(tenant_id, id) {operator}" in batch for operator, end in zip(("> ", "<="), interval) if end
-            )
+            bounds = zip(("> ", "<="), interval, strict=True)
+            assert all(f"ROW(tenant_id, id) {operator}" in batch for operator, end in bounds if end)
 
 
 def test_twin_with_the_default_settings_a_skewed_table_is_read_whole(engine: Callable[..., Engine]) -> None:

@@ -47,7 +47,8 @@ def left(engine: Engine) -> tuple[int, int, int]:
     return engine.fetch(
         "s2",
         "SELECT count(*) FILTER (WHERE tenant_id BETWEEN 100 AND 199),"
-        " count(*) FILTER (WHERE tenant_id NOT BETWEEN 100 AND 199), (SELECT count(*) FROM shardmove.batch) FROM orders",
+        " count(*) FILTER (WHERE tenant_id NOT BETWEEN 100 AND 199), (SELECT count(*) FROM shardmove.batch)"
+        " FROM orders",
     )[0]  # type: ignore[return-value]
 
 

@@ -20,7 +20,6 @@ from shardmove.protocol import fence
 from shardmove.protocol.gate import islands
 from workers.copy import BatchBlocked, BatchDone, CopyBatch
 from workers.cuts import BatchSizer, walk
-from workers.executors import Executor
 
 STATS_EVERY_S = 1.0
 CATCH_UP_PATIENCE_S = 60.0
@@ -33,11 +32,11 @@ def copy(hold: Hold) -> None:
         Interrupted, LeaseLost, Failed, …: committed batches stay; the same step goes on from them.
     """
     _load_counters(hold)
-    with mirror_beside(hold, Direction.FORWARD) as mirror, hold.make_executor() as executor:
-        _Copying(hold, mirror, executor).run()
+    with mirror_beside(hold, Direction.FORWARD) as mirror:
+        _Copying(hold, mirror).run()
     fence.set_whole(hold.target, hold.move.id, lease_number=hold.lease.number)
     points.reach("copying.after_whole")
-    hold.catalog.set_stats(hold.move.id, hold.progress.totals(), hold.lease.number)
+    hold.tell_stats()
     hold.transition(State.VERIFYING)
 
 
@@ -63,6 +62,8 @@ def _load_counters(hold: Hold) -> None:
         entry = hold.progress.table(str(table.name))
         entry.rows_estimate = estimate(hold.source, table.name)[0]
         entry.rows_copied, entry.bytes_copied, entry.batches_done = recorded.get(ordinal, (0, 0, 0))
+        entry.rows_before = entry.rows_copied
+    hold.progress.started = time.monotonic()
 
 
 @dataclass(slots=True)
@@ -74,10 +75,10 @@ class _Try:
 class _Copying:
     """The loop of one run of the state: submit, collect, try again."""
 
-    def __init__(self, hold: Hold, mirror: MirrorThread, executor: Executor) -> None:
+    def __init__(self, hold: Hold, mirror: MirrorThread) -> None:
         self.hold = hold
         self.mirror = mirror
-        self.executor = executor
+        self.executor = hold.executor
         self.sizer = BatchSizer(hold.config.limits)
         self.under_way: dict[Future[BatchDone], _Try] = {}
         self.told = time.monotonic()
@@ -124,7 +125,7 @@ class _Copying:
                 self._try_again(attempt, error)
         if time.monotonic() - self.told > STATS_EVERY_S:
             self.told = time.monotonic()
-            self.hold.catalog.set_stats(self.hold.move.id, self.hold.progress.totals(), self.hold.lease.number)
+            self.hold.tell_stats()
 
     def _account(self, attempt: _Try, done: BatchDone) -> None:
         self.sizer.learn(done.digest.rows, done.digest.size_bytes, done.elapsed_s)

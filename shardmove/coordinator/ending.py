@@ -22,7 +22,6 @@ from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval
 from shardmove.protocol import fence, objects
 from workers.erase import EraseBatch
-from workers.executors import Executor
 
 # --- complete
 
@@ -80,9 +79,8 @@ def _erase_range(hold: Hold) -> None:
     """Erases the whole range on the source, children first, interval by interval."""
     if fence.read(hold.source, hold.move.id) is None:
         return
-    with hold.make_executor() as executor:
-        for ordinal, table in reversed(list(enumerate(hold.tables, 1))):
-            _erase(hold, executor, hold.move.source, [(ordinal, table, (None, None))], drop_record=False)
+    for ordinal, table in reversed(list(enumerate(hold.tables, 1))):
+        _erase(hold, hold.move.source, [(ordinal, table, (None, None))], drop_record=False)
     points.reach("ending.after_erase")
 
 
@@ -134,8 +132,7 @@ def _reverse_deletes(hold: Hold) -> None:
     """Erases exactly the batches that the target recorded, the newest first, each with its record."""
     if not objects.has_schema(hold.target) or fence.read(hold.target, hold.move.id) is None:
         return
-    with hold.make_executor() as executor:
-        _erase(hold, executor, hold.move.target, list(_recorded(hold)), drop_record=True)
+    _erase(hold, hold.move.target, list(_recorded(hold)), drop_record=True)
     points.reach("ending.after_reverse_deletes")
 
 
@@ -170,7 +167,6 @@ def _runner(hold: Hold, dry_run: bool) -> StepRunner:
 
 def _erase(
     hold: Hold,
-    executor: Executor,
     shard: str,
     pieces: list[tuple[int, Table, Interval]],
     *,
@@ -190,8 +186,8 @@ def _erase(
             hold.config.limits.erase_rows,
             drop_record,
         )
-        under_way.append(executor.submit(task))
-        if len(under_way) > 2 * executor.workers:
+        under_way.append(hold.executor.submit(task))
+        if len(under_way) > 2 * hold.executor.workers:
             under_way.pop(0).result()
     for future in under_way:
         future.result()

@@ -45,6 +45,14 @@ class Hold:
     make_executor: Callable[[], Executor]
     tables: tuple[Table, ...] = ()
     _connections: dict[str, Connection] = field(default_factory=dict)
+    _executor: Executor | None = None
+
+    @property
+    def executor(self) -> Executor:
+        """The workers of this run: started when first needed, shared by its steps, ended with the hold."""
+        if self._executor is None:
+            self._executor = self.make_executor()
+        return self._executor
 
     # --- the two shards
 
@@ -108,6 +116,10 @@ class Hold:
         self.refresh()
         self.progress.state(after)
 
+    def tell_stats(self) -> None:
+        """Writes the progress counters to the catalog, for `status`."""
+        self.catalog.set_stats(self.move.id, self.progress.totals(), self.lease.number)
+
     def check(self) -> None:
         """Between two pieces of work: raises Interrupted where somebody asked to stop, LeaseLost where we were taken
         for dead."""
@@ -120,6 +132,8 @@ class Hold:
             )
 
     def close(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
         for connection in self._connections.values():
             connection.close()
 

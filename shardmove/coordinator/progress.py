@@ -20,6 +20,8 @@ class TableProgress:
     bytes_copied: int = 0
     batches_done: int = 0
     rows_verified: int = 0
+    rows_before: int = 0
+    """Copied by earlier runs: they do not count for the rate."""
 
 
 @dataclass(slots=True)
@@ -56,7 +58,9 @@ class Progress:
         """The counters as `status` shows them."""
         with self._lock:
             tables = list(self.tables.values())
+            copied = sum(each.rows_copied - each.rows_before for each in tables)
             return {
+                "rate_rows_s": round(copied / max(time.monotonic() - self.started, 1e-3), 1),
                 "rows_estimate": sum(each.rows_estimate for each in tables),
                 "rows_copied": sum(each.rows_copied for each in tables),
                 "bytes_copied": sum(each.bytes_copied for each in tables),

@@ -15,7 +15,7 @@ from shardmove.catalog.attempts import AttemptRecord
 from shardmove.catalog.store import Catalog
 from shardmove.config import Config
 from shardmove.domain.errors import ShardmoveError
-from shardmove.domain.moves import MIRRORED, Move
+from shardmove.domain.moves import MIRRORED, Move, State
 from shardmove.postgres.connect import Connection, connect
 from shardmove.protocol import fence, objects
 
@@ -32,8 +32,7 @@ def status(config: Config, catalog: Catalog, move: Move) -> dict[str, Any]:
         opened = _opener(config, move, stack)
         copied = _copied(move, opened)
         backlog = _backlog(move, opened)
-    elapsed = (datetime.now(UTC) - move.state_since).total_seconds()
-    rate = _rate(stats, copied, elapsed)
+    rate = stats.get("rate_rows_s") if move.state is State.COPYING else None
     return {
         "id": move.id,
         "plan": move.plan_id,
@@ -43,7 +42,7 @@ def status(config: Config, catalog: Catalog, move: Move) -> dict[str, Any]:
         "target": move.target,
         "state": str(move.state),
         "state_since": move.state_since.isoformat(),
-        "phase": 5 if move.state.name in ("SWITCHED", "CLEANING", "COMPLETED") else 2 if move.state in MIRRORED else 1,
+        "phase": 5 if move.state in (State.SWITCHED, State.CLEANING, State.COMPLETED) else 2 if move.state in MIRRORED else 1,
         "paused": move.paused,
         "throttled": False,
         "rows_estimate": stats.get("rows_estimate"),
@@ -127,14 +126,8 @@ ATTENDED_FOR_S = 10.0
 """An attendant's mark is good for this long."""
 
 
-def _rate(stats: dict[str, Any], copied: tuple[int | None, ...], elapsed_s: float) -> float | None:
-    if stats.get("rate_rows_s") is not None:
-        return float(stats["rate_rows_s"])
-    return round(copied[0] / elapsed_s, 1) if copied[0] and elapsed_s > 0 else None
-
-
 def _eta(move: Move, stats: dict[str, Any], copied: tuple[int | None, ...], rate: float | None) -> float | None:
-    if move.state.name != "COPYING" or not rate or copied[0] is None or not stats.get("rows_estimate"):
+    if not rate or copied[0] is None or not stats.get("rows_estimate"):
         return None
     left = max(0, int(stats["rows_estimate"]) - copied[0])
     return round(left / rate, 1)

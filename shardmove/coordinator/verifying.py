@@ -94,13 +94,13 @@ def _once(hold: Hold, repaired: int) -> Verdict:
     def on_rows(table: Table, rows: int) -> None:
         hold.progress.table(str(table.name)).rows_verified += rows
 
-    with mirror_beside(hold, direction) as mirror, hold.make_executor() as executor:
+    with mirror_beside(hold, direction) as mirror:
 
         def check() -> None:
             hold.check()
             mirror.check()
 
-        found = compare(sides, executor, hold.config.limits, check=check, on_rows=on_rows)
+        found = compare(sides, hold.executor, hold.config.limits, check=check, on_rows=on_rows)
     return Verdict(found, time.monotonic() - started, repaired)
 
 

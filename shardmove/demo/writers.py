@@ -493,6 +493,18 @@ class WriterFleet:
         """Acknowledged write transactions so far; up to date at once."""
         return self._board.total(Outcome.ACKNOWLEDGED)
 
+    def await_writes(self, count: int, *, timeout_s: float = 60.0) -> None:
+        """Returns when so many more writes were acknowledged. Raises Failed when they are not, or a writer broke off."""
+        enough, bound = self.acknowledged + count, time.monotonic() + timeout_s
+        while self.acknowledged < enough:
+            self._mark_dead_processes()
+            if self.broken or time.monotonic() > bound:
+                got = self.acknowledged - enough + count
+                raise Failed(
+                    f"{got} of {count} writes were acknowledged; writers that broke off: {self.broken or 'none'}"
+                )
+            time.sleep(0.005)
+
     @property
     def failed(self) -> int:
         """Errors that clients saw so far. Zero in a healthy run."""
