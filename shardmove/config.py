@@ -52,6 +52,9 @@ class Limits:
     max_stall_ms: int = 500
     """An attempt that would hold up writes for longer gives up."""
     cutover_attempts: int = 10
+    keep_source_s: float = 2.0
+    """`complete` erases the source no sooner than this after the cutover: a client whose route table is that old finds
+    the rows there still, and the fence tells it; where they are gone, its UPDATE would touch nothing, and say nothing."""
     sequence_margin: int = 100_000
     """How far a receiving shard's sequences are set above the giving one's."""
     journal_rows_warning: int = 5_000_000

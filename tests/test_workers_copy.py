@@ -55,7 +55,8 @@ PLAIN = """
     CREATE TABLE orders (
         tenant_id bigint NOT NULL, id integer GENERATED ALWAYS AS IDENTITY, gone text, big text, raw bytea,
         small smallint, price numeric(20, 4), ratio float8, real4 real, flag boolean, day date, at timestamptz,
-        naive timestamp, span interval, clock timetz, uid uuid, doc json, docb jsonb, feeling mood, net inet, bits bit varying,
+        naive timestamp, span interval, clock timetz, uid uuid, doc json, docb jsonb, feeling mood,
+        net inet, bits bit varying,
         fixed char(8), lexeme text COLLATE "C",
         double_price numeric GENERATED ALWAYS AS (price * 2) STORED, "Odd ""name" text,
         PRIMARY KEY (tenant_id, id)
@@ -67,7 +68,9 @@ PLAIN_ROWS = """
                         docb, feeling, net, bits, fixed, lexeme, "Odd ""name")
     SELECT 150, (SELECT string_agg(md5(i::text || n), '') FROM generate_series(1, 4000) n), '\\x00ff0a5c', i,
            i * 1.5, i / 3.0, i / 7.0, i % 2 = 0, '2020-01-01'::date + i, now(), now(), i * '1 min 3 us'::interval,
-           now()::timetz, gen_random_uuid(), '{"b": 1,   "a": [1, null]}', '{"b": 1, "a": [1, null]}', 'sad', '10.0.0.1/8', B'10110',
+           now()::timetz, gen_random_uuid(), '{"b": 1,   "a": [1, null]}', '{"b": 1, "a": [1, null]}', 'sad',
+           '10.0.0.1/8',
+           B'10110',
            'ab', E'tab\\tline\\n\\\\.', E'"é" \\\\N'
     FROM generate_series(1, 20) i;
     INSERT INTO orders (tenant_id) SELECT 150 FROM generate_series(1, 3);

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
+from shardmove.coordinator.drifting import accept_drift
 from shardmove.coordinator.hold import Hold
 from shardmove.coordinator.mirroring import MirrorThread
 from shardmove.domain import points
@@ -31,6 +32,7 @@ def copy(hold: Hold) -> None:
     Raises:
         Interrupted, LeaseLost, Failed, …: committed batches stay; the same step goes on from them.
     """
+    accept_drift(hold)  # everything is compared after the copy anyway
     _load_counters(hold)
     with mirror_beside(hold, Direction.FORWARD) as mirror:
         _Copying(hold, mirror).run()

@@ -17,15 +17,17 @@ leaves this to whoever comes next; an attempt is never continued, only finished 
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psycopg
 from psycopg import errors, sql
 
 from shardmove.catalog.routes import retried
+from shardmove.catalog.store import Catalog
 from shardmove.coordinator import preflight
 from shardmove.coordinator.hold import Hold
 from shardmove.coordinator.steps import Step, StepRunner, perform, pretend
@@ -41,7 +43,7 @@ from shardmove.domain.errors import (
     Unreachable,
 )
 from shardmove.domain.moves import Attempt, Direction, Outcome, State
-from shardmove.domain.routes import Routes
+from shardmove.domain.routes import Routes, RouteTable
 from shardmove.postgres.connect import Connection, connect, explain
 from shardmove.postgres.introspect import Table, table_sql
 from shardmove.protocol import drift, fence, ownership, sequences
@@ -50,6 +52,8 @@ from shardmove.protocol.catch_up import Mirror
 EDGES = {Direction.FORWARD: (State.READY, State.SWITCHED), Direction.BACK: (State.SWITCHED, State.READY)}
 LAG_PASSES_MAX = 10_000
 FINISH_TRIES = 5
+WATCHDOG_FACTOR = 2
+"""An attempt that holds up writes for so many times max_stall is given up from outside."""
 
 
 class NotNow(Failed):
@@ -124,7 +128,10 @@ class _Crossing:
         self.receiver = hold.move.receiver(direction)
         self.mirror: Mirror
         self.attempt_: Attempt | None = None
+        self.known_routes: RouteTable | None = None
         self.closing_began = 0.0
+        self.watchdog = threading.Timer(self.limits.max_stall_ms / 1000 * WATCHDOG_FACTOR, self._abandon_from_outside)
+        self.watchdog.daemon = True
 
     def attempt(self) -> None:
         """Every step in order; whatever happens, the attempt is decided and carried out when this returns or raises."""
@@ -137,6 +144,8 @@ class _Crossing:
                 self.run(self._crossing())
         except (ShardmoveError, psycopg.Error) as error:
             self._settle(error)
+        finally:
+            self.watchdog.cancel()
 
     def _looking(self) -> list[Step]:
         return [
@@ -212,6 +221,10 @@ class _Crossing:
                 drift.check_fingerprint(connection, self.hold.move.id, self.hold.tables, shard)
                 drift.check_identity(connection, shard, self.hold.move.identities)
             points.reach("cutover.after_guards")
+            # A DDL statement that waits for these locks makes our own catch-up wait behind it: bounded, or writes would
+            # wait for as long as it does.
+            self.mirror.bound_waits(self.limits.max_stall_ms)
+            self.mirror.is_guarded = True
             yield
 
     # --- the attempt
@@ -228,6 +241,7 @@ class _Crossing:
             )
 
         self.attempt_ = retried(once)
+        self.known_routes = self.hold.catalog.routes()
         points.reach("cutover.after_hold")
 
     def _routes(self, routes: Routes, owner: str, *, held: bool) -> Routes:
@@ -238,6 +252,7 @@ class _Crossing:
 
     def _close(self) -> None:
         self.closing_began = time.monotonic()
+        self.watchdog.start()
         try:
             fence.close(
                 self.hold.connection(self.giver),
@@ -266,10 +281,12 @@ class _Crossing:
 
     def _flip(self) -> None:
         before, after = EDGES[self.direction]
-        assert self.attempt_ is not None
+        assert self.known_routes is not None
+        known: RouteTable | None = self.known_routes  # read before writes began to wait
 
         def once() -> int:
-            table = self.hold.catalog.routes()
+            nonlocal known
+            table, known = known or self.hold.catalog.routes(), None
             assert self.attempt_ is not None
             return self.hold.catalog.flip(
                 self.attempt_,
@@ -302,6 +319,22 @@ class _Crossing:
         return self.attempt_.number
 
     # --- when something went wrong
+
+    def _abandon_from_outside(self) -> None:
+        """The watchdog: when a server hangs and this process with it, gives the attempt up over new connections.
+
+        Any party may; whoever decides first decides. The hanging step finds out when it wakes.
+        """
+        config, move, opened = self.hold.config, self.hold.move, ExitStack()
+        name = fence.application_name(move.id)
+
+        def fresh(shard: str) -> Connection:
+            return opened.enter_context(connect(config.shard_dsn(shard), application_name=name))
+
+        with opened, suppress(ShardmoveError, psycopg.Error):  # the hanging step, or an attendant, tries again
+            catalog = opened.enter_context(Catalog.connect(config.catalog_dsn, routes_file=config.routes_file))
+            reason = "the attempt hung: a server or the network does not answer"
+            ownership.settle_newest(catalog, catalog.move(move.id), fresh, reason=reason)
 
     def _settle(self, error: ShardmoveError | psycopg.Error) -> None:
         """Decides the attempt if it is open, carries the decision out, and raises what the caller should know."""

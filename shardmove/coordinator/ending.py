@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from datetime import UTC, datetime
 
 from shardmove.coordinator import preflight
 from shardmove.coordinator.cutover import cut_over
@@ -45,6 +46,7 @@ def complete(hold: Hold, *, dry_run: bool = False) -> None:
 def _completion(hold: Hold) -> list[Step]:
     source, target, ranges = hold.move.source, hold.move.target, hold.move.ranges_text
     return [
+        Step("every client has heard of the cutover", lambda: _grace(hold)),
         Step("carry what is still on its way back", lambda: _last_catch_up(hold)),
         Step("from here there is no way back", lambda: _enter(hold, State.CLEANING)),
         Step(f"end mirroring into {source}", lambda: _retire_source(hold)),
@@ -64,10 +66,18 @@ def _enter(hold: Hold, state: State) -> None:
         hold.transition(state)
 
 
+def _grace(hold: Hold) -> None:
+    """Clients with an old route table find the source's rows, and its fence, for a while after the cutover."""
+    if hold.move.state is State.SWITCHED:
+        switched_for_s = (datetime.now(UTC) - hold.move.state_since).total_seconds()
+        hold.stop.wait(max(0.0, hold.config.limits.keep_source_s - switched_for_s))
+        hold.check()
+
+
 def _last_catch_up(hold: Hold) -> None:
     if hold.move.state is State.SWITCHED:
         with hold.mirror(Direction.BACK) as mirror:
-            mirror.catch_up(full_look=True)
+            mirror.work_off(hold.config.limits.mirror_rows, check=hold.check)
 
 
 def _retire_source(hold: Hold) -> None:

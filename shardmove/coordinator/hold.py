@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from workers.executors import Executor
 from workers.pool import ProcessExecutor
 
 RETRIES_OF_A_TRANSITION = 20
+PAUSE_LOOK_S = 1.0
+"""How soon a running step sees that the move was paused."""
 
 
 @dataclass(slots=True)
@@ -33,6 +36,7 @@ class Hold:
 
     Attributes:
         stop: set it from anywhere, and the step under way ends at its next safe place with Interrupted.
+        heeds_pause: so it does when somebody pauses the move; off where the move was paused when the hold began.
         make_executor: who runs the workers' tasks; the process pool unless said otherwise.
     """
 
@@ -46,6 +50,8 @@ class Hold:
     tables: tuple[Table, ...] = ()
     _connections: dict[str, Connection] = field(default_factory=dict)
     _executor: Executor | None = None
+    heeds_pause: bool = True
+    _looked: float = 0.0
 
     @property
     def executor(self) -> Executor:
@@ -130,6 +136,16 @@ class Hold:
                 f"move {self.move.id} was interrupted while {self.move.state}; nothing is lost",
                 hint=f"`shardmove run {self.move.id}` goes on from there",
             )
+        if self.heeds_pause and time.monotonic() - self._looked > PAUSE_LOOK_S:
+            self._looked = time.monotonic()
+            self._check_pause()
+
+    def _check_pause(self) -> None:
+        if self.catalog.move(self.move.id).paused:
+            raise Interrupted(
+                f"move {self.move.id} was paused while {self.move.state}; nothing is lost",
+                hint=f"`shardmove resume {self.move.id}`, then the same command, goes on from there",
+            )
 
     def close(self) -> None:
         if self._executor is not None:
@@ -183,6 +199,7 @@ def _take_over(held: Hold) -> None:
         except Unreachable as error:
             out_of_reach = error
     held.move = held.catalog.move(held.move.id)
+    held.heeds_pause = not held.move.paused
     with translated(f"move {held.move.id}"):
         ownership.settle_newest(held.catalog, held.move, held.connection, reason="the coordinator ended in between")
     if out_of_reach is not None:

@@ -350,6 +350,12 @@ def require_state(move: Move, wanted: State, what: str) -> None:
     raise Refused(f"move {move.id} is {move.state}; to {what} it has to be {wanted}", hint=hints.get(wanted))
 
 
+def require_unpaused(move: Move) -> None:
+    """Raises Refused where somebody paused the move."""
+    if move.paused:
+        raise Refused(f"move {move.id} is paused", hint=f"`shardmove resume {move.id}`")
+
+
 def require_cutover(hold: Hold, direction: Direction) -> None:
     """All preconditions of a cutover (DESIGN §4.7, 1). Looks only.
 
@@ -370,6 +376,11 @@ def require_cutover(hold: Hold, direction: Direction) -> None:
     for name, connection in ((giver_name, giver), (receiver_name, receiver)):
         drift.check_identity(connection, name, move.identities)
         drift.check_fingerprint(connection, move.id, hold.tables, name)
+    if hold.catalog.stats(move.id).get("drifted"):
+        raise Refused(
+            f"move {move.id}: the schema changed, and not everything was compared since",
+            hint=f"`shardmove run {move.id}` does",
+        )
     site = Site(move, hold.source, hold.target)
     problem = schema_difference(site)
     if problem is not None:

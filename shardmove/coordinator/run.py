@@ -54,8 +54,7 @@ def run(hold: Hold, goal: State) -> None:
         Refused: it was rolled back, or is paused.
         whatever a step raises; what that step had committed stays, and is found again by the next run.
     """
-    if hold.move.paused:
-        raise Refused(f"move {hold.move.id} is paused", hint=f"`shardmove resume {hold.move.id}`")
+    preflight.require_unpaused(hold.move)
     with recorded(hold):
         while not _arrived(hold.move.state, goal):
             hold.check()

@@ -42,7 +42,11 @@ def status(config: Config, catalog: Catalog, move: Move) -> dict[str, Any]:
         "target": move.target,
         "state": str(move.state),
         "state_since": move.state_since.isoformat(),
-        "phase": 5 if move.state in (State.SWITCHED, State.CLEANING, State.COMPLETED) else 2 if move.state in MIRRORED else 1,
+        "phase": 5
+        if move.state in (State.SWITCHED, State.CLEANING, State.COMPLETED)
+        else 2
+        if move.state in MIRRORED
+        else 1,
         "paused": move.paused,
         "throttled": False,
         "rows_estimate": stats.get("rows_estimate"),

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from shardmove.coordinator.copying import mirror_beside
+from shardmove.coordinator.drifting import accept_drift
 from shardmove.coordinator.hold import Hold
-from shardmove.coordinator.preflight import Site, schema_difference
-from shardmove.domain.errors import DifferencesFound, Refused
+from shardmove.domain.errors import DifferencesFound
 from shardmove.domain.moves import State
 from shardmove.postgres.introspect import Table
 from shardmove.protocol import drift, objects
@@ -43,12 +43,14 @@ def verify(hold: Hold) -> None:
         DifferencesFound: rows differ, and no DDL explains it. The move stays `verifying`.
         Refused: the schema is not equal on both sides any more.
     """
-    drifted = accept_drift(hold)
-    verdict = compare_in_full(hold, repair=drifted)
-    hold.catalog.set_stats(
-        hold.move.id, {"rows_verified": sum(table.rows_owner for table in verdict.tables)}, hold.lease.number
-    )
+    accept_drift(hold)
+    verdict = compare_in_full(hold, repair=bool(hold.catalog.stats(hold.move.id).get("drifted")))
     require_equal(hold, verdict)
+    hold.catalog.set_stats(
+        hold.move.id,
+        {"rows_verified": sum(table.rows_owner for table in verdict.tables), "drifted": False},
+        hold.lease.number,
+    )
     hold.transition(State.READY, rows=sum(table.rows_owner for table in verdict.tables), repaired=verdict.repaired)
 
 
@@ -79,8 +81,6 @@ def compare_in_full(hold: Hold, *, repair: bool = False) -> Verdict:
         if verdict.equal or not repair or round_ == REPAIR_ROUNDS:
             return verdict
         repaired += mark_dirty(hold, verdict.tables)
-        with hold.mirror(hold.move.flow) as mirror:
-            mirror.until_empty()
     raise AssertionError("unreachable")
 
 
@@ -122,33 +122,6 @@ def mark_dirty(hold: Hold, tables: Sequence[TableComparison]) -> int:
     return marked
 
 
-def accept_drift(hold: Hold) -> bool:
-    """Takes the schema as it is now for the move's, where it is equal on both sides and armed; True where it changed.
-
-    To be called only before a full comparison.
-
-    Raises:
-        Refused: the schema differs between the sides. Nothing was changed.
-    """
-    drifted = [
-        shard
-        for shard in (hold.move.source, hold.move.target)
-        if drift.is_drifted(hold.connection(shard), hold.move.id, hold.tables)
-    ]
-    if not drifted:
-        return False
-    problem = schema_difference(Site(hold.move, hold.source, hold.target))
-    if problem is not None:
-        raise Refused(f"move {hold.move.id}: {problem.message}", hint=problem.hint)
-    for shard in drifted:
-        connection = hold.connection(shard)
-        part = objects.Part(hold.move, hold.tables, is_source=shard == hold.move.source)
-        objects.install_triggers(connection, part, hold.patience)
-        drift.record_fingerprint(connection, hold.move.id, hold.tables, lease_number=hold.lease.number)
-        hold.catalog.record("schema_changed", hold.move.id, shard=shard)
-    return True
-
-
 def compare_anew_if_drifted(hold: Hold) -> None:
     """In `ready` and `switched`: after DDL, everything is compared anew before a cutover in either direction."""
     if hold.move.state is State.READY and any(
@@ -157,5 +130,8 @@ def compare_anew_if_drifted(hold: Hold) -> None:
     ):
         hold.transition(State.VERIFYING)
         verify(hold)
-    elif hold.move.state is State.SWITCHED and accept_drift(hold):
-        require_equal(hold, compare_in_full(hold, repair=True))
+    elif hold.move.state is State.SWITCHED:
+        accept_drift(hold)
+        if hold.catalog.stats(hold.move.id).get("drifted"):
+            require_equal(hold, compare_in_full(hold, repair=True))
+            hold.catalog.set_stats(hold.move.id, {"drifted": False}, hold.lease.number)

@@ -494,7 +494,7 @@ class WriterFleet:
         return self._board.total(Outcome.ACKNOWLEDGED)
 
     def await_writes(self, count: int, *, timeout_s: float = 60.0) -> None:
-        """Returns when so many more writes were acknowledged. Raises Failed when they are not, or a writer broke off."""
+        """Returns when so many more writes were acknowledged. Raises Failed in time, or when a writer broke off."""
         enough, bound = self.acknowledged + count, time.monotonic() + timeout_s
         while self.acknowledged < enough:
             self._mark_dead_processes()

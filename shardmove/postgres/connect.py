@@ -43,6 +43,7 @@ PINNED = {
     "default_transaction_read_only": "off",
     "default_transaction_deferrable": "off",
     "jit": "off",
+    "client_connection_check_interval": "1s",  # the session of a dead process lets go of its locks, also while it waits
 }
 """Where a server is too old to know a setting, it is left out."""
 

@@ -234,7 +234,7 @@ def parents_first(tables: Iterable[TableName], keys: Iterable[tuple[TableName, T
     replica, which checks no foreign keys.
     """
     wanted = sorted(tables, key=str)
-    sorter: TopologicalSorter[TableName] = TopologicalSorter({name: () for name in wanted})
+    sorter: TopologicalSorter[TableName] = TopologicalSorter(dict.fromkeys(wanted, ()))
     for child, parent in keys:
         if child in wanted and parent in wanted and child != parent:
             sorter.add(child, parent)

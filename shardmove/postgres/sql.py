@@ -1,8 +1,9 @@
 """Builders for the SQL that differs from table to table: range predicates, keyset comparisons, column lists.
 
 Every identifier goes through psycopg.sql. Predicates hold their values as quoted literals, since the same predicate
-stands in triggers and in COPY, where there are no parameters; so a statement that holds one is run without parameters. Keyset positions are tuples of text, the form in which PostgreSQL
-itself prints the values, and are cast back to the columns' types wherever they are compared.
+stands in triggers and in COPY, where there are no parameters; so a statement that holds one is run without parameters.
+Keyset positions are tuples of text, the form in which PostgreSQL itself prints the values, and are cast back to the
+columns' types wherever they are compared.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import errors, sql
@@ -31,13 +32,15 @@ from shardmove.domain.moves import Direction, Move
 from shardmove.postgres.connect import Connection, connect
 from shardmove.postgres.introspect import Table, table_sql
 from shardmove.postgres.sql import Position, in_ranges, names
+from shardmove.postgres.stream import copy_out
 from shardmove.protocol import drift, fence
 from shardmove.protocol.gate import gate
 from shardmove.protocol.objects import MARKER, XID, journal
 
 RETRIES = 20
 
-Keys = Mapping[int, Sequence[Position]]
+Rows: TypeAlias = psycopg.Cursor[tuple[Any, ...]]
+Keys: TypeAlias = Mapping[int, Sequence[Position]]
 """Per ordinal of a table, the keyset positions that changed."""
 
 
@@ -66,6 +69,8 @@ class Mirror:
         scan_from: per table, entries of transactions before this one are known to be gone: dead entries behind a long
             report are not looked at again. 0 is a full look.
         gate: per table, what may be carried now; read anew in each pass.
+        is_guarded: the caller holds table locks on both sides and has checked schema and servers under them, so that a
+            pass need not look again.
     """
 
     move: Move
@@ -76,6 +81,7 @@ class Mirror:
     giver_dsn: str
     scan_from: dict[int, int] = field(default_factory=dict)
     gate: Mapping[int, sql.Composable] = field(default_factory=dict)
+    is_guarded: bool = False
     flusher: Connection | None = None
 
     @classmethod
@@ -144,6 +150,17 @@ class Mirror:
                 return done
         raise Failed(f"move {self.move.id}: the journal was not empty after {passes_max} catch-ups")
 
+    def work_off(self, rows_max: int, *, check: Callable[[], None] = lambda: None) -> None:
+        """Bounded passes until one takes less than its bound: what a long absence left behind, in little memory."""
+        while self.catch_up(rows_max=rows_max).keys >= rows_max:
+            check()
+
+    def bound_waits(self, timeout_ms: int) -> None:
+        """From now on no lock is waited for, and no statement runs, for longer than that on either side."""
+        for connection in (self.giver, self.receiver):
+            for setting in ("lock_timeout", "statement_timeout"):
+                connection.execute("SELECT pg_catalog.set_config(%s, %s, false)", (setting, f"{timeout_ms}ms"))
+
     def _pass(self, rows_max: int | None, at_snapshot: Callable[[], None]) -> Pass:
         started = time.monotonic()
         with both_transactions(self):
@@ -155,9 +172,9 @@ class Mirror:
                 self._flush_giver()
             at_snapshot()
             points.reach("catch_up.before_receiver_commit")
-            self.receiver.execute("COMMIT")
+            self.receiver.execute("COMMIT" if carried else "ROLLBACK")  # nothing to make durable: no flush
             points.reach("catch_up.between_commits")
-            self.giver.execute("COMMIT")
+            self.giver.execute("COMMIT" if carried else "ROLLBACK")
         points.reach("catch_up.after_giver_commit")
         for ordinal, oldest in left.items():
             self.scan_from[ordinal] = xmin if oldest is None else min(xmin, oldest)
@@ -167,12 +184,20 @@ class Mirror:
         """Deletes what the gate lets through: keys per table, the snapshot's xmin, the oldest entry left per table."""
         keys: dict[int, list[Position]] = {}
         left: dict[int, int | None] = {}
-        xmin = _snapshot_xmin(self.giver)
-        for ordinal, table in enumerate(self.tables, 1):
-            start = self.scan_from.get(ordinal, 0)
-            keys[ordinal] = take_entries(self.giver, self.move.id, ordinal, table, self.gate[ordinal], start, rows_max)
-            left[ordinal] = _oldest_left(self.giver, self.move.id, ordinal, start)
-        return keys, xmin, left
+        with self.giver.pipeline():  # two statements a table, one round trip for all of them
+            xmin = _snapshot_xmin(self.giver)
+            entries, oldest = {}, {}
+            for ordinal, table in enumerate(self.tables, 1):
+                start = self.scan_from.get(ordinal, 0)
+                entries[ordinal] = take_entries(
+                    self.giver, self.move.id, ordinal, table, self.gate[ordinal], start, rows_max
+                )
+                oldest[ordinal] = oldest_left(self.giver, self.move.id, ordinal, start)
+            for ordinal in entries:
+                keys[ordinal] = list(dict.fromkeys(tuple(row) for row in entries[ordinal].fetchall()))
+                row = oldest[ordinal].fetchone()
+                left[ordinal] = None if row is None else int(row[0])
+        return keys, _xmin(xmin), left
 
     def _apply(self, keys: Keys) -> None:
         become_replica(self.receiver, self.move.id)
@@ -223,12 +248,14 @@ def beginnings() -> Sequence[Callable[[Mirror], None]]:
 def begin_receiver(mirror: Mirror) -> None:
     """The receiver's lock, its own record, and the gate, in this order."""
     move, receiver = mirror.move, mirror.receiver
-    receiver.execute("BEGIN")
-    receiver.execute(
-        "SELECT pg_catalog.pg_advisory_xact_lock(mirror_key) FROM shardmove.fence WHERE move_id = %s", (move.id,)
-    )
-    row = fence.check_receiving(receiver, move.id, move.giver(mirror.direction))
-    drift.check_identity(receiver, move.receiver(mirror.direction), move.identities)
+    with receiver.pipeline():  # the statements go one by one; their answers are waited for together
+        receiver.execute("BEGIN")
+        receiver.execute(
+            "SELECT pg_catalog.pg_advisory_xact_lock(mirror_key) FROM shardmove.fence WHERE move_id = %s", (move.id,)
+        )
+        row = fence.check_receiving(receiver, move.id, move.giver(mirror.direction))
+    if not mirror.is_guarded:
+        drift.check_identity(receiver, move.receiver(mirror.direction), move.identities)
     points.reach("catch_up.after_receiver_lock")
     mirror.gate = gate(receiver, row, mirror.tables)
 
@@ -237,8 +264,9 @@ def begin_giver(mirror: Mirror) -> None:
     """The snapshot that entries and rows are read at. REPEATABLE READ: the set of entries is the snapshot's."""
     giver_name = mirror.move.giver(mirror.direction)
     mirror.giver.execute(giver_begin())
-    drift.check_identity(mirror.giver, giver_name, mirror.move.identities)
-    drift.check_fingerprint(mirror.giver, mirror.move.id, mirror.tables, giver_name)
+    if not mirror.is_guarded:
+        drift.check_identity(mirror.giver, giver_name, mirror.move.identities)
+        drift.check_fingerprint(mirror.giver, mirror.move.id, mirror.tables, giver_name)
     points.reach("catch_up.after_giver_snapshot")
 
 
@@ -246,8 +274,12 @@ def giver_begin() -> sql.SQL:
     return sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ")
 
 
-def _snapshot_xmin(connection: Connection) -> int:
-    row = connection.execute("SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text").fetchone()
+def _snapshot_xmin(connection: Connection) -> Rows:
+    return connection.execute("SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text")
+
+
+def _xmin(rows: Rows) -> int:
+    row = rows.fetchone()
     assert row is not None
     return int(row[0])
 
@@ -260,28 +292,24 @@ def take_entries(
     passes: sql.Composable,
     start: int,
     rows_max: int | None,
-) -> list[Position]:
-    """Deletes the entries that are visible and let through, and returns their keys, each once."""
+) -> Rows:
+    """Deletes the entries that are visible and let through; their keys, not yet fetched, one for each entry."""
     name = journal(move_id, ordinal)
     wanted = sql.SQL("{} >= {}::xid8 AND {}").format(sql.Identifier(XID), sql.Literal(str(start)), passes)
     if rows_max is not None:
         wanted = sql.SQL("ctid = ANY (ARRAY(SELECT ctid FROM {} WHERE {} LIMIT {}))").format(
             name, wanted, sql.Literal(rows_max)
         )
-    rows = giver.execute(
-        sql.SQL("DELETE FROM {} WHERE {} RETURNING {}").format(name, wanted, table.keyset_as_text())
-    ).fetchall()
-    return list(dict.fromkeys(tuple(row) for row in rows))
+    return giver.execute(sql.SQL("DELETE FROM {} WHERE {} RETURNING {}").format(name, wanted, table.keyset_as_text()))
 
 
-def _oldest_left(giver: Connection, move_id: str, ordinal: int, start: int) -> int | None:
+def oldest_left(giver: Connection, move_id: str, ordinal: int, start: int) -> Rows:
     """The oldest entry that stays: gated, or beyond the bound. The next scan must not start after it."""
-    row = giver.execute(
+    return giver.execute(
         sql.SQL("SELECT {xid}::text FROM {} WHERE {xid} >= {}::xid8 ORDER BY {xid} LIMIT 1").format(
             journal(move_id, ordinal), sql.Literal(str(start)), xid=sql.Identifier(XID)
         )
-    ).fetchone()
-    return None if row is None else int(row[0])
+    )
 
 
 # --- pieces that batches share
@@ -327,26 +355,25 @@ def copy_in(table: Table) -> sql.Composed:
 
 
 def relay(giver: Connection, rows: sql.Composed, receiver: Connection, into: sql.Composed) -> Digest:
-    """Streams a COPY from one server into the other, hashing on the way. Memory: one row."""
+    """Streams a COPY from one server into the other, hashing on the way. Memory: one block, or one row."""
     hasher = Hasher()
-    with giver.cursor() as reading, receiver.cursor() as writing:
-        with reading.copy(rows) as source, writing.copy(into) as sink:
-            for block in source:
+    with receiver.cursor() as writing:
+        with writing.copy(into) as sink:
+
+            def take(block: bytearray) -> None:
                 hasher.update(block)
                 sink.write(block)
-        if reading.rowcount != writing.rowcount:
-            raise BatchMismatch(f"{reading.rowcount} rows were read, {writing.rowcount} were written")
-        return hasher.digest(reading.rowcount)
+
+            read = copy_out(giver, rows, take)
+        if read != writing.rowcount:
+            raise BatchMismatch(f"{read} rows were read, {writing.rowcount} were written")
+    return hasher.digest(read)
 
 
 def digest_of(connection: Connection, rows: sql.Composed) -> Digest:
     """The digest of what a COPY TO yields, without keeping it."""
     hasher = Hasher()
-    with connection.cursor() as cursor:
-        with cursor.copy(rows) as stream:
-            for block in stream:
-                hasher.update(block)
-        return hasher.digest(cursor.rowcount)
+    return hasher.digest(copy_out(connection, rows, hasher.update))
 
 
 def compare(sent: Digest, stored: Digest, move: Move, table: Table) -> None:

@@ -47,11 +47,13 @@ class FenceRow:
     mirror_key: int
     kept_before: list[str]
     fingerprint: str | None
+    mirror_role: str
+    is_mirror_role: bool
 
 
 _ROW = sql.SQL(
     "SELECT move_id, peer, standing, is_open, is_whole, attempt, lease_number, fence_key, mirror_key, kept_before,"
-    " fingerprint FROM shardmove.fence WHERE move_id = {}"
+    " fingerprint, mirror_role, mirror_role = session_user AS is_mirror_role FROM shardmove.fence WHERE move_id = {}"
 )
 
 
@@ -87,7 +89,9 @@ def check_lease(connection: Connection, move_id: str, lease_number: int) -> Fenc
 
 
 def raise_number(connection: Connection, move_id: str, lease_number: int, *, patience_s: float = 10.0) -> None:
-    """Makes this shard refuse every lower number from now on. Only upwards; safe to repeat.
+    """Makes this shard refuse every lower number from now on, and know our role's writes as the mirror's.
+
+    Only upwards; safe to repeat.
 
     A paused former holder that sits on the row is ended: its transaction is rolled back by the server.
 
@@ -101,7 +105,8 @@ def raise_number(connection: Connection, move_id: str, lease_number: int, *, pat
             with connection.transaction():
                 connection.execute("SELECT pg_catalog.set_config('lock_timeout', '500ms', true)")
                 connection.execute(
-                    "UPDATE shardmove.fence SET lease_number = %s WHERE move_id = %s AND lease_number < %s",
+                    "UPDATE shardmove.fence SET lease_number = %s, mirror_role = session_user"
+                    " WHERE move_id = %s AND lease_number < %s",
                     (lease_number, move_id, lease_number),
                 )
                 row = read(connection, move_id)
@@ -175,6 +180,7 @@ def close(connection: Connection, move_id: str, *, attempt: int, lease_number: i
         with connection.transaction():
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
             lock_exclusively(connection, move_id)
+            points.reach("close.after_lock")
             closed = connection.execute(
                 "UPDATE shardmove.fence SET attempt = %s, is_open = false"
                 " WHERE move_id = %s AND attempt < %s AND lease_number = %s AND standing = 'owner'",
@@ -185,7 +191,7 @@ def close(connection: Connection, move_id: str, *, attempt: int, lease_number: i
             set_state(connection, move_id, CLOSED)
             points.reach("close.before_commit")
     except errors.LockNotAvailable:
-        raise Failed(
+        raise WriterInTheWay(
             f"move {move_id}: a transaction that wrote to the range did not end in {lock_timeout_ms} ms"
         ) from None
     points.reach("close.after_commit")
@@ -289,6 +295,11 @@ def check_receiving(connection: Connection, move_id: str, giver: str) -> FenceRo
     if row is None or row.is_open or row.standing != Standing.MIRROR or row.peer != giver:
         said = "has no part in the move" if row is None else f"is {row.standing}, {'open' if row.is_open else 'closed'}"
         raise MirrorRefused(f"move {move_id}: the receiving side is not mirrored from {giver}: it {said}")
+    if not row.is_mirror_role:
+        raise MirrorRefused(
+            f"move {move_id}: this session's role is not the one that the move runs as ({row.mirror_role})",
+            hint="use the same role for every coordinator and attendant of a move",
+        )
     return row
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from shardmove.domain import points
 from shardmove.domain.errors import Failed, Refused
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table, table_sql
 
 _SEQUENCES = """
-    SELECT t.oid::regclass::text, a.attname, s.oid::regclass::text, q.seqincrement, q.seqmax, q.seqmin
+    SELECT t.oid::regclass::text, a.attname, s.oid::regclass::text, q.seqincrement, q.seqmax, q.seqmin,
+           coalesce(pg_catalog.pg_sequence_last_value(s.oid), q.seqstart - q.seqincrement)
     FROM unnest(%s::regclass[]) AS t(oid)
     JOIN (
         SELECT d.refobjid AS relation, d.refobjsubid AS attnum, d.objid AS sequence
@@ -56,20 +58,9 @@ def counters(connection: Connection, tables: Sequence[Table]) -> Counters:
     listed = [table_sql(table).as_string(connection) for table in tables]
     rows = connection.execute(_SEQUENCES, (listed,)).fetchall()
     return {
-        (table, column): Counter(name, increment, maximum if increment > 0 else -minimum, _last_value(connection, name))
-        for table, column, name, increment, maximum, minimum in rows
+        (table, column): Counter(name, increment, maximum if increment > 0 else -minimum, last_value)
+        for table, column, name, increment, maximum, minimum, last_value in rows
     }
-
-
-def _last_value(connection: Connection, name: str) -> int:
-    # regclass::text comes quoted from the server, with its schema, since search_path is empty
-    row = connection.execute("SELECT pg_catalog.pg_sequence_last_value(%s::regclass)", (name,)).fetchone()
-    if row is not None and row[0] is not None:
-        return int(row[0])
-    row = connection.execute("SELECT seqstart - seqincrement FROM pg_catalog.pg_sequence WHERE seqrelid = %s::regclass",
-                             (name,)).fetchone()  # fmt: skip
-    assert row is not None
-    return int(row[0])
 
 
 def advance(receiver: Connection, giver: Connection, tables: Sequence[Table], *, margin: int) -> list[str]:
@@ -95,6 +86,7 @@ def advance(receiver: Connection, giver: Connection, tables: Sequence[Table], *,
                 hint="[limits] sequence_margin, or a wider type of the column",
             )
         value = reach if received.increment > 0 else -reach
+        points.reach("sequences.before_set")
         receiver.execute("SELECT pg_catalog.setval(%s::regclass, %s)", (received.name, value))
         moved.append(received.name)
     return moved

@@ -21,6 +21,8 @@ from shardmove.protocol import fence
 from shardmove.protocol.catch_up import Mirror
 
 TRIES = 50
+BACKLOG_ROWS = 20_000
+"""A backlog is worked off in passes of so many rows before the pass that must take all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ def equal_snapshots(open_mirror: Callable[[], Mirror], *, giver_dsn: str, receiv
     """
     with ExitStack() as stack:
         mirror = stack.enter_context(open_mirror())
+        mirror.work_off(BACKLOG_ROWS)
         name = fence.application_name(mirror.move.id)
         giver = stack.enter_context(_closing(connect(giver_dsn, application_name=name)))
         receiver = stack.enter_context(_closing(connect(receiver_dsn, application_name=name)))

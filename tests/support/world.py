@@ -14,6 +14,7 @@ the product (`monkeypatch.setattr(fence, "lock_exclusively", …)`) and the exte
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,13 @@ from workers.executors import InlineExecutor
 
 TENANTS = range(40)
 ROWS_A_TENANT = 40
-LIMITS: Mapping[str, Any] = {"batch_bytes": 20_000, "batch_rows_max": 200, "workers": 2, "ddl_patience_s": 20.0}
+LIMITS: Mapping[str, Any] = {
+    "batch_bytes": 20_000,
+    "batch_rows_max": 200,
+    "workers": 2,
+    "ddl_patience_s": 20.0,
+    "keep_source_s": 1.2,
+}
 
 
 class World:
@@ -50,7 +57,8 @@ class World:
         self.dsns = databases("cat", "s1", "s2", "s3")
         self.shards = {name: dsn for name, dsn in self.dsns.items() if name != "cat"}
         self.directory = directory
-        self.config = self._configure({**LIMITS, **(limits or {})})
+        self.limits = dict(limits or {})
+        self.config = self._configure({**LIMITS, **self.limits})
         for shard in self.shards:
             with self.connect(shard) as connection:
                 shop.create(connection)
@@ -69,6 +77,20 @@ class World:
                 "limits": dict(limits),
             }
         )
+
+    def write_config(self) -> Path:
+        """The same configuration as a file, for commands that run as processes of their own."""
+        limits = {**LIMITS, **self.limits}
+        lines = ["[catalog]", f'dsn = "{self.dsns["cat"]}"']
+        for name, dsn in self.shards.items():
+            lines += [f"[shards.{name}]", f'dsn = "{dsn}"']
+        lines += ["[keyspaces.shop]", "[keyspaces.shop.tables]"]
+        lines += [f'{table} = "{column}"' for table, column in shop.KEY_COLUMNS.items()]
+        lines += ["[[keyspaces.shop.routes]]", 'range = ":"', 'shard = "s1"', "[limits]"]
+        lines += [f"{name} = {value}" for name, value in limits.items()]
+        path = self.directory / "cluster.toml"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
 
     # --- the verbs
 
@@ -167,6 +189,22 @@ class World:
                 {"p": pattern, "m": move_id},
             ).fetchall()
         return [row[0] for row in rows]
+
+    def sessions(self, move_id: str) -> list[str]:
+        """Sessions of ours for a move that live on a shard; backends of a killed process are given time to notice."""
+        deadline = time.monotonic() + 30.0
+        while True:
+            found = [
+                f"{shard}: {row[0]}"
+                for shard in ("s1", "s2")
+                for row in self.fetch(
+                    shard,
+                    "SELECT pid || ' ' || coalesce(query, '') FROM pg_stat_activity"
+                    f" WHERE application_name = 'shardmove {move_id}' AND datname = current_database()",
+                )
+            ]
+            if not found or time.monotonic() > deadline:
+                return found
 
 
 @pytest.fixture

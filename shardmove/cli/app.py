@@ -1,0 +1,10 @@
+"""The entry point. Worker processes import this module when they start: all that is heavy is imported by `main`."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Runs the command of `sys.argv`, and exits with its code (see `exits`)."""
+    from shardmove.cli.verbs import app
+
+    app(prog_name="shardmove")

@@ -1,0 +1,187 @@
+"""What people read: the documents of `documents`, as tables and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from shardmove.cli.display import duration
+
+Document = Mapping[str, Any]
+
+_PASSED, _FAILED = "[green]✓[/green]", "[red]✗[/red]"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        table.add_column(head, justify="right" if head in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
+    return table
+
+
+def applied(document: Document) -> RenderableType:
+    return Group(*document["changes"] or ["nothing to change"], Text(), _shard_table(document["shards"]))
+
+
+def shards(document: Document) -> RenderableType:
+    return _shard_table(document["shards"])
+
+
+def _shard_table(listed: Sequence[Document]) -> Table:
+    def owned(each: Document) -> str:
+        return ", ".join(f"{entry['keyspace']} {entry['range']}" for entry in each.get("ranges", ()))
+
+    return _table(
+        ("shard", "PostgreSQL", "owns", "dsn", ""),
+        [(each["name"], each["server_version"], owned(each), each["dsn"], each["error"]) for each in listed],
+    )
+
+
+def routes(document: Document) -> RenderableType:
+    rows = [
+        (each["keyspace"], each["range"], each["shard"], each["move"], "held" if each["held"] else "")
+        for each in document["ranges"]
+    ]
+    return Group(f"epoch {document['epoch']}", _table(("keyspace", "range", "shard", "move", ""), rows))
+
+
+def plan(document: Document) -> RenderableType:
+    rows = [(m["id"], ", ".join(m["ranges"]), m["source"], m["target"], m["state"]) for m in document["moves"]]
+    return Group(
+        f"plan [bold]{document['id']}[/bold]: {escape(document['description'])}",
+        _table(("move", "ranges", "from", "to", "state"), rows),
+        f"next: shardmove preflight {document['id']}, then shardmove run {document['id']}",
+    )
+
+
+def checklists(document: Document) -> RenderableType:
+    lines: list[str] = []
+    for move in document["moves"]:
+        lines.append(f"[bold]{move['id']}[/bold]")
+        for check in move["checks"]:
+            lines.append(f"  {_PASSED if check['passed'] else _FAILED} {escape(check['check'])}")
+            if not check["passed"]:
+                lines.append(f"      {escape(check['problem'])}")
+            if check["hint"]:
+                lines.append(f"      [dim]how to fix:[/dim] {escape(check['hint'])}")
+    return Group(*lines)
+
+
+def steps(document: Document) -> RenderableType:
+    lines: list[str] = []
+    for move in document["moves"]:
+        lines.append(f"[bold]{move['id']}[/bold]")
+        lines += [f"  {number:2} {escape(text)}" for number, text in enumerate(move["steps"], 1)]
+    return Group(*lines, "dry run: nothing was changed")
+
+
+def moves(document: Document) -> RenderableType:
+    """The outcome of a verb: where each move is now, and what can come next."""
+    return Group(*[_outcome(move) for move in document["moves"]])
+
+
+def _outcome(move: Document) -> str:
+    line = f"move [bold]{move['id']}[/bold] is [bold]{move['state']}[/bold]"
+    if move["paused"]:
+        line += ", paused"
+    longest_ms = move["stall_ms"]["max"]
+    if longest_ms is not None:
+        line += f"; writes waited {longest_ms:.0f} ms at most in {move['stall_ms']['attempts']} cutover attempts"
+    next_ = _NEXT.get(move["state"])
+    return line + (f"; next: {next_.format(id=move['id'])}" if next_ else "")
+
+
+_NEXT: Mapping[str, str] = {
+    "pending": "shardmove run {id}",
+    "ready": "shardmove cutover {id}",
+    "switched": "shardmove complete {id}, or back: shardmove revert {id}",
+}
+
+
+def statuses(document: Document) -> RenderableType:
+    if not document["moves"]:
+        return "no move is unfinished"
+    rows = [_status_row(move) for move in document["moves"]]
+    heads = ("move", "ranges", "from", "to", "state", "for", "rows", "size", "rows/s", "ETA", "backlog", "notes")
+    return _table(heads, rows, right=("for", "rows", "size", "rows/s", "ETA", "backlog"))
+
+
+def _status_row(move: Document) -> Sequence[object]:
+    copied, estimate = move["rows_copied"], move["rows_estimate"]
+    return (
+        move["id"],
+        ", ".join(move["ranges"]),
+        move["source"],
+        move["target"],
+        move["state"],
+        duration((datetime.now(UTC) - datetime.fromisoformat(move["state_since"])).total_seconds()),
+        "" if copied is None else f"{copied:,}" + (f" of ~{estimate:,}" if move["state"] == "copying" else ""),
+        "" if move["bytes_copied"] is None else decimal(move["bytes_copied"]),
+        "" if move["rate_rows_s"] is None else f"{move['rate_rows_s']:,.0f}",
+        duration(move["eta_s"]),
+        "" if move["journal_backlog"] is None else f"{move['journal_backlog']:,}",
+        "; ".join(_notes(move)),
+    )
+
+
+def _notes(move: Document) -> list[str]:
+    notes = ["paused"] if move["paused"] else []
+    notes += ["unattended"] if move["unattended"] else []
+    notes += [f"held by {move['holder']}"] if move["holder"] else []
+    if move["stall_ms"]["max"] is not None:
+        notes.append(f"stall {move['stall_ms']['max']:.0f} ms at most")
+    return notes + ([f"error: {move['error']}"] if move["error"] else [])
+
+
+def verdicts(document: Document) -> RenderableType:
+    heads = ("", "move", "table", "rows source", "rows target", "missing", "extra", "different", "digest")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("", "move", "table", "digest") else "right")
+    for each in document["tables"]:
+        equal = each["digest_source"] == each["digest_target"]
+        digest = each["digest_source"][:16] + ("" if equal else f" ≠ {each['digest_target'][:16]}")
+        counts = [each[name] for name in ("rows_source", "rows_target", "missing", "extra", "different")]
+        cells = [each["move"], escape(each["table"]), *(f"{count:,}" for count in counts), digest]
+        table.add_row(_PASSED if equal else _FAILED, *cells)
+    repaired = [f"{document['repaired']} keys were repaired before"] if document["repaired"] else []
+    return Group(table, *repaired, "equal" if document["equal"] else "[red]the two sides differ[/red]")
+
+
+def event(document: Document) -> RenderableType:
+    detail = " ".join(f"{name}={value}" for name, value in document["detail"].items())
+    about = document["move"] or document["plan"] or ""
+    return Text(f"{document['at'][:23]}  {about:6} {document['kind']:18} {detail}", overflow="fold")
+
+
+def events(document: Document) -> RenderableType:
+    return Group(*[event(each) for each in document["events"]])
+
+
+def findings(document: Document) -> RenderableType:
+    lines: list[str] = []
+    for each in document["findings"]:
+        lines.append(f"{_FAILED} [bold]{each['subject']}[/bold]: {escape(each['problem'])}")
+        lines.append(f"    [dim]mend:[/dim] {escape(each['mend'])}")
+    return Group(*lines or ["all is well"])
+
+
+def objects(document: Document) -> RenderableType:
+    table = _table(("where", "kind", "name"), [(e["place"], e["kind"], e["name"]) for e in document["objects"]])
+    return Group(table, "dry run: nothing was removed" if document["dry_run"] else "all of it was removed")
+
+
+def grants(document: Document) -> RenderableType:
+    lines: list[str] = []
+    for each in document["grants"]:
+        lines += [f"-- {each['place']}", *each["statements"]]
+    return Text("\n".join(lines))

@@ -1,0 +1,39 @@
+"""Verbs that stay: the attendant and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+
+from shardmove.cli.desk import Desk, verb
+from shardmove.cli.root import app
+from shardmove.cli.signals import stoppable
+from shardmove.coordinator.attending import attend
+
+
+@verb(app)
+def serve(desk: Desk) -> None:
+    """Attend every move in the background: mirror both ways, finish abandoned cutovers. Until Ctrl-C."""
+    config, log = desk.config(), structlog.get_logger("shardmove")
+    desk.catalog(config).close()  # a configuration that cannot work ends here, and not in an attendant's log
+    with stoppable() as stop:
+        log.info("attending", shards=sorted(config.shards))
+        attend(config, lambda: desk.catalog(config), stop)
+        log.info("stopped")
+
+
+@verb(app)
+def demo(
+    desk: Desk,
+    rows: Annotated[int, typer.Option(help="Rows of the shop before it is split.")] = 200_000,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the servers' data, the ledger and cluster.toml here.")
+    ] = None,
+) -> None:
+    """Split a shop under load on embedded servers, and check that nothing was lost."""
+    from shardmove.demo.story import tell  # its servers come with an extra of the package
+
+    tell(rows=rows, keep=keep)

@@ -1,0 +1,10 @@
+"""The application with all of its verbs: each module adds its own, in the order of the help page."""
+
+from __future__ import annotations
+
+# isort: off
+from shardmove.cli.root import app
+from shardmove.cli import cluster, planning, moving, watching, service
+# isort: on
+
+__all__ = ["app", "cluster", "moving", "planning", "service", "watching"]

@@ -1,0 +1,345 @@
+"""The command line, as an operator types it: real servers, real commands, exit codes and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from shardmove.cli.exits import EXITS, Exit, exit_code
+from shardmove.cli.verbs import app
+from shardmove.cli.words import listed, seconds
+from shardmove.domain import errors
+from shardmove.domain.moves import State
+from tests.support.engine import until
+from tests.support.world import World
+
+STEPS_OF_A_CUTOVER = ("open an attempt", "close the fence of s1", "the cutover", "open the fence of s2")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a command printed, and how it ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> Any:
+        """Standard output, which is JSON and nothing else."""
+        return json.loads(self.stdout)
+
+
+Shell = Callable[..., Said]
+
+
+@pytest.fixture
+def shell(world: World) -> Shell:
+    """`shell("run", "m1", "--json")`: runs a command in this process, with the world's configuration."""
+    path = world.write_config()
+
+    def run(*words: str, config: Path = path) -> Said:
+        result = CliRunner().invoke(app, words, env={"SHARDMOVE_CONFIG": str(config)})
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        assert "Traceback" not in result.stderr
+        return Said(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def planned(shell: Shell) -> str:
+    """The id of a move, planned and not begun."""
+    assert shell("apply").code == Exit.DONE
+    return str(shell("plan", "split", "shop", "--at", "20", "--to", "s2", "--json").document["moves"][0]["id"])
+
+
+def table_of(world: World) -> Any:
+    return world.catalog.routes()
+
+
+# --- the whole way
+
+
+def test_a_split_from_apply_to_complete(world: World, shell: Shell) -> None:
+    assert {each["name"] for each in shell("apply", "--json").document["shards"]} == {"s1", "s2", "s3"}
+    plan = shell("plan", "split", "shop", "--at", "20", "--to", "s2", "--json").document
+    (planned,) = plan["moves"]
+    assert (planned["ranges"], planned["source"], planned["target"]) == (["20:"], "s1", "s2")
+    assert shell("preflight", plan["id"], "--json").document["passed"]
+
+    (ready,) = shell("run", plan["id"], "--json").document["moves"]
+    assert (ready["state"], ready["error"], ready["rows_failed"]) == ("ready", None, 0)
+    assert ready["rows_copied"] > 500
+    assert ready["rows_verified"] == ready["rows_copied"]
+
+    move_id = planned["id"]
+    assert shell("cutover", move_id).code == Exit.DONE
+    assert world.owner(20) == "s2"
+    verdict = shell("verify", move_id, "--json").document
+    assert verdict["equal"]
+    assert {each["table"] for each in verdict["tables"]} == {str(t) for t in world.config.keyspaces["shop"].tables}
+    for each in verdict["tables"]:
+        assert each["rows_source"] == each["rows_target"]
+        assert each["digest_source"] == each["digest_target"]
+        assert (each["missing"], each["extra"], each["different"]) == (0, 0, 0)
+
+    assert shell("revert", move_id).code == Exit.DONE
+    assert world.owner(20) == "s1"
+    (switched,) = shell("cutover", move_id, "--json").document["moves"]
+    assert (switched["state"], switched["phase"]) == ("switched", 5)
+    assert switched["stall_ms"]["attempts"] >= 3
+    assert 0 < switched["stall_ms"]["p50"] <= switched["stall_ms"]["max"]
+    assert shell("complete", move_id).code == Exit.DONE
+    assert world.fetch("s1", "SELECT count(*) FROM orders WHERE tenant_id >= 20") == [(0,)]
+    assert [each["kind"] for each in shell("events", move_id, "--json").document["events"]].count(
+        "attempt_flipped"
+    ) == 3
+    assert shell("diagnose", "--json").document == {"findings": []}
+
+
+def test_a_run_goes_to_the_end_when_told_to(world: World, shell: Shell, planned: str) -> None:
+    assert shell("run", planned, "--until", "completed").code == Exit.DONE
+    assert world.move(planned).state is State.COMPLETED
+
+
+def test_a_rollback_leaves_nothing(world: World, shell: Shell, planned: str) -> None:
+    shell("run", planned, "--until", "switched")
+    assert shell("rollback", planned).code == Exit.DONE
+    assert world.move(planned).state is State.ROLLED_BACK
+    assert world.leftovers("s1", planned) == []
+    assert world.fetch("s2", "SELECT count(*) FROM orders") == [(0,)]
+    refused = shell("run", planned)
+    assert (refused.code, refused.stdout) == (Exit.REFUSED, "")
+
+
+def test_routes_and_shards_say_who_owns_what(shell: Shell, planned: str) -> None:
+    shell("run", planned, "--until", "switched")
+    routes = shell("routes", "--json").document
+    assert [(each["range"], each["shard"]) for each in routes["ranges"]] == [(":20", "s1"), ("20:", "s2")]
+    assert routes["epoch"] > 1
+    (at,) = shell("routes", "--at", "20", "--json").document["ranges"]
+    assert (at["shard"], at["move"]) == ("s2", planned)
+    owned = {each["name"]: each["ranges"] for each in shell("shards", "--json").document["shards"]}
+    assert owned == {
+        "s1": [{"keyspace": "shop", "range": ":20"}],
+        "s2": [{"keyspace": "shop", "range": "20:"}],
+        "s3": [],
+    }
+
+
+def test_status_has_every_promised_figure(shell: Shell, planned: str) -> None:
+    (move,) = shell("status", "--json").document["moves"]
+    promised = (
+        "id keyspace ranges source target state state_since phase paused throttled rows_estimate rows_copied"
+        " rows_verified bytes_copied rows_failed batches_done journal_backlog mirror_lag_s unattended rate_rows_s eta_s"
+        " stall_ms error"
+    )
+    assert set(promised.split()) <= set(move)
+    assert set(move["stall_ms"]) == {"p50", "p99", "max", "attempts"}
+    assert (move["id"], move["state"], move["phase"]) == (planned, "pending", 1)
+
+
+def test_what_people_read_is_there_for_every_verb(shell: Shell, planned: str) -> None:
+    shell("run", planned)
+    for words, expected in (
+        (["apply"], "nothing to change"),
+        (["shards"], "20"),
+        (["routes"], "epoch"),
+        (["preflight", planned], "✓"),
+        (["status"], "ready"),
+        (["events"], "state_changed"),
+        (["verify", planned], "equal"),
+        (["diagnose"], "unattended"),
+        (["cutover", planned, "--dry-run"], "nothing was changed"),
+        (["grants", "--role", "mover"], "GRANT CREATE ON DATABASE"),
+    ):
+        said = shell(*words)
+        assert said.code == Exit.DONE, said.stderr
+        assert expected in said.stdout
+
+
+# --- dry runs
+
+
+def test_dry_runs_list_the_steps_and_change_nothing(world: World, shell: Shell, planned: str) -> None:
+    shell("run", planned)
+    before = (table_of(world), world.move(planned).state, len(world.catalog.events()))
+    steps = {
+        verb: shell(verb, planned, "--dry-run", "--json").document["moves"][0]["steps"]
+        for verb in ("cutover", "rollback")
+    }
+    for expected in STEPS_OF_A_CUTOVER:
+        assert any(expected in step for step in steps["cutover"]), expected
+    assert any("reverse deletes" in step for step in steps["rollback"])
+    assert (table_of(world), world.move(planned).state, len(world.catalog.events())) == before
+    assert shell("revert", planned, "--dry-run").code == Exit.REFUSED
+    assert shell("complete", planned, "--dry-run").code == Exit.REFUSED
+    assert shell("cutover", planned).code == Exit.DONE
+    before = (table_of(world), world.move(planned).state, len(world.catalog.events()))
+    assert shell("complete", planned, "--dry-run").code == Exit.DONE
+    assert shell("revert", planned, "--dry-run").code == Exit.DONE
+    assert shell("rollback", planned, "--dry-run").code == Exit.DONE
+    assert (table_of(world), world.move(planned).state, len(world.catalog.events())) == before
+
+
+# --- how commands end
+
+
+def test_the_most_special_class_decides_the_exit_code() -> None:
+    assert exit_code(errors.NotFound("")) == Exit.USAGE
+    assert exit_code(errors.LeaseHeld("")) == Exit.REFUSED
+    assert exit_code(errors.CutoverGaveUp("")) == Exit.REFUSED
+    assert exit_code(errors.DifferencesFound("")) == Exit.DIFFERENCES
+    assert exit_code(errors.Unreachable("")) == Exit.FAILED
+    assert exit_code(KeyError()) == Exit.FAILED
+    for position, (kind, _) in enumerate(EXITS):
+        assert not any(issubclass(kind, earlier) for earlier, _ in EXITS[:position]), "never reached"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["status", "m99"], "m99"),
+        (["plan", "split", "shopp", "--at", "20", "--to", "s2"], "shop"),
+        (["plan", "split", "shop", "--at", "twenty", "--to", "s2"], "twenty"),
+        (["plan", "split", "shop", "--at", "20", "--to", "s9"], "s9"),
+        (["plan", "move", "shop", "--range", "20", "--to", "s2"], "L:U"),
+        (["run"], "ID"),
+        (["run", "m1", "--timeout", "soon"], "duration"),
+        (["cutoverr", "m1"], "cutover"),
+    ],
+)
+def test_wrong_words_end_with_2_and_name_them(shell: Shell, planned: str, words: list[str], named: str) -> None:
+    said = shell(*words)
+    assert (said.code, said.stdout) == (Exit.USAGE, "")
+    assert named in said.stderr
+
+
+def test_an_error_with_json_is_a_json_line_on_standard_error(shell: Shell, planned: str) -> None:
+    said = shell("cutover", planned, "--json")
+    assert said.stdout == ""
+    line = json.loads(said.stderr.splitlines()[-1])
+    assert line["exit"] == said.code == Exit.REFUSED
+    assert "pending" in line["error"]
+    assert "shardmove run" in line["hint"]
+
+
+def test_differences_end_with_3_and_repair_mends_them(world: World, shell: Shell, planned: str) -> None:
+    shell("run", planned)
+    spoil = "SET session_replication_role = replica; SET shardmove.mirror = '{}'; UPDATE orders SET note = 'spoilt'"
+    with world.connect("s2") as connection:
+        connection.execute(spoil.format(planned).encode())
+    said = shell("verify", planned, "--json")
+    assert said.code == Exit.DIFFERENCES
+    orders = next(each for each in said.document["tables"] if each["table"] == "orders")
+    assert orders["different"] == orders["rows_source"] == len(orders["keys"]["different"])
+    assert orders["digest_source"] != orders["digest_target"]
+    mended = shell("verify", planned, "--repair", "--json")
+    assert (mended.code, mended.document["equal"]) == (Exit.DONE, True)
+    assert mended.document["repaired"] == orders["different"]
+
+
+def test_a_typo_in_the_configuration_ends_with_2_and_names_the_entry(world: World, shell: Shell) -> None:
+    path = world.directory / "typo.toml"
+    path.write_text(world.write_config().read_text() + "batch_byte = 1\n")
+    said = shell("apply", config=path)
+    assert said.code == Exit.USAGE
+    assert "'batch_byte'" in said.stderr
+    assert "did you mean batch_bytes?" in said.stderr
+
+
+def test_a_wrong_password_is_never_shown(world: World, shell: Shell) -> None:
+    path = world.directory / "secret.toml"
+    text = world.write_config().read_text()
+    path.write_text(text.replace(world.shards["s2"], f"{world.shards['s2']} user=nobody password=hunter2"))
+    for words in (["apply"], ["apply", "--json"], ["apply", "--debug", "--log-level", "debug"], ["shards"]):
+        said = shell(*words, config=path)
+        assert "hunter2" not in said.stdout + said.stderr
+    assert shell("apply", config=path).code == Exit.FAILED
+    path.write_text(text.replace(world.shards["s2"], "hunter2 is no dsn"))
+    said = shell("apply", "--debug", config=path)
+    assert said.code == Exit.USAGE
+    assert "hunter2" not in said.stdout + said.stderr
+
+
+def test_a_shard_that_does_not_answer_ends_with_1_and_is_named(world: World, shell: Shell, planned: str) -> None:
+    path = world.directory / "gone.toml"
+    path.write_text(world.write_config().read_text().replace(world.shards["s2"], "host=127.0.0.1 port=1 dbname=gone"))
+    for words in (["apply"], ["run", planned], ["preflight", planned]):
+        said = shell(*words, config=path)
+        assert said.code == Exit.FAILED
+        assert "port 1" in said.stderr
+        assert len(said.stderr.strip().splitlines()) < 12
+    found = shell("diagnose", "--json", config=path).document["findings"]
+    assert any(each["subject"] == "shard s2" for each in found)
+
+
+def test_a_table_without_a_key_is_refused_by_name(world: World, shell: Shell, planned: str) -> None:
+    for shard in ("s1", "s2"):
+        with world.connect(shard) as connection:
+            connection.execute("ALTER TABLE tenant_totals DROP CONSTRAINT tenant_totals_pkey")
+    checklist = shell("preflight", planned, "--json")
+    assert checklist.code == Exit.REFUSED
+    failed = [each for move in checklist.document["moves"] for each in move["checks"] if not each["passed"]]
+    assert "tenant_totals" in failed[0]["problem"]
+    assert failed[0]["hint"]
+    run = shell("run", planned)
+    assert run.code == Exit.REFUSED
+    assert "tenant_totals" in run.stderr
+    assert world.move(planned).state is State.PENDING
+
+
+# --- pause, interrupt, go on
+
+
+@dataclass(slots=True)
+class Coordinator:
+    """`shardmove run` as a process of its own, which cannot get beyond `copying` while a table is locked."""
+
+    world: World
+    process: subprocess.Popen[str]
+
+    def end(self) -> Said:
+        stdout, stderr = self.process.communicate(timeout=60)
+        assert "Traceback" not in stderr
+        return Said(self.process.returncode, stdout, stderr)
+
+
+@pytest.fixture
+def stuck(world: World, planned: str) -> Iterator[Coordinator]:
+    """Stands in `copying`: the target's last table is locked against COPY from before its first batch."""
+    with world.connect("s2") as locker:
+        locker.execute("BEGIN")
+        # EXCLUSIVE conflicts with COPY's lock, so triggers have to be there first: hold the run between the two.
+        run = _spawn(world, "run", planned, "--json")
+        try:
+            until(lambda: _is_armed(world, planned))
+            locker.execute("LOCK TABLE tenants, customers, orders, order_items, tenant_totals IN EXCLUSIVE MODE")
+            until(lambda: world.move(planned).state is not State.INITIALIZING)
+            yield Coordinator(world, run)
+        finally:
+            locker.execute("ROLLBACK")
+            run.kill()
+            run.wait()
+
+
+def _spawn(world: World, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "shardmove", *words],
+        env={**os.environ, "SHARDMOVE_CONFIG": str(world.write_config())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

@@ -1,0 +1,87 @@
+"""SIGKILL of the coordinator at random moments, under writers; the same command again, each time.
+
+The moments are drawn from the run's seed. A move that comes to its end is followed by one that carries the range back,
+until all kills are spent; then a last, undisturbed run must end right, with nothing lost and nothing left over.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from shardmove.coordinator import planner
+from shardmove.domain.keys import KeyRange
+from shardmove.domain.moves import Move, State
+from tests.support.world import World
+
+KILLS = 50
+MOVED = KeyRange(20, None)
+RUN_BOUND_S = 120.0
+
+
+class Coordinator:
+    """`shardmove run ID --until completed` in a process of its own."""
+
+    def __init__(self, config_file: Path, move_id: str) -> None:
+        self.command = [sys.executable, "-m", "shardmove.cli.app", "-c", str(config_file)]
+        self.process = subprocess.Popen(
+            [*self.command, "run", move_id, "--until", "completed"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def killed_after(self, seconds: float) -> bool:
+        """Kills it then; False where it had come to its end before, which must have been a good one."""
+        try:
+            _, errors = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.communicate()
+            return True
+        assert self.process.returncode == 0, errors.decode()
+        return False
+
+    def ends_well(self) -> None:
+        _, errors = self.process.communicate(timeout=RUN_BOUND_S)
+        assert self.process.returncode == 0, errors.decode()
+
+
+def test_sigkill_at_random_moments(world: World, rng: random.Random) -> None:
+    config_file = world.write_config()
+    states: dict[State, int] = {}
+    with world.writers(rate=150.0):
+        move = _next_move(world)
+        for _ in range(KILLS):
+            coordinator = Coordinator(config_file, move.id)
+            was_killed = coordinator.killed_after(rng.uniform(0.5, 2.5))
+            state = world.move(move.id).state
+            states[state] = states.get(state, 0) + was_killed
+            if state is State.COMPLETED:
+                Coordinator(config_file, move.id).ends_well()
+                _assert_nothing_left(world, move)
+                move = _next_move(world)
+        Coordinator(config_file, move.id).ends_well()
+    print("killed in:", {str(state): count for state, count in sorted(states.items())})
+    world.assert_nothing_lost(absent_on={_other(world.owner(25)): [MOVED]})
+    _assert_nothing_left(world, move)
+
+
+def _next_move(world: World) -> Move:
+    """Carries the range to where it is not."""
+    target = _other(world.owner(25))
+    plan = planner.move(world.config, world.catalog, "shop", range_=MOVED, to=target)
+    return world.move(plan.move_ids[0])
+
+
+def _other(shard: str) -> str:
+    return {"s1": "s2", "s2": "s1"}[shard]
+
+
+def _assert_nothing_left(world: World, move: Move) -> None:
+    assert world.leftovers("s1", move.id) == []
+    assert world.leftovers("s2", move.id) == []
+    assert world.sessions(move.id) == []
