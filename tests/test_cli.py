@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ import pytest
 from typer.testing import CliRunner
 
 from shardmove.cli.exits import EXITS, Exit, exit_code
+from shardmove.cli.signals import stoppable
 from shardmove.cli.verbs import app
 from shardmove.cli.words import listed, seconds
-from shardmove.domain import errors
+from shardmove.coordinator.preflight import may_be_replica
+from shardmove.domain import errors, points
 from shardmove.domain.moves import State
+from shardmove.protocol import objects
 from tests.support.engine import until
 from tests.support.world import World
+from workers.executors import InlineExecutor
 
 STEPS_OF_A_CUTOVER = ("open an attempt", "close the fence of s1", "the cutover", "open the fence of s2")
 
@@ -37,6 +42,7 @@ class Said:
     @property
     def document(self) -> Any:
         """Standard output, which is JSON and nothing else."""
+        assert self.stdout, self.stderr
         return json.loads(self.stdout)
 
 
@@ -44,14 +50,21 @@ Shell = Callable[..., Said]
 
 
 @pytest.fixture
-def shell(world: World) -> Shell:
+def threads_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of this process run the workers' tasks in threads: nothing here is about processes, and they start at
+    once."""
+    monkeypatch.setattr("shardmove.coordinator.hold.ProcessExecutor", InlineExecutor)
+
+
+@pytest.fixture
+def shell(world: World, threads_for_workers: None) -> Shell:
     """`shell("run", "m1", "--json")`: runs a command in this process, with the world's configuration."""
     path = world.write_config()
 
     def run(*words: str, config: Path = path) -> Said:
         result = CliRunner().invoke(app, words, env={"SHARDMOVE_CONFIG": str(config)})
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        assert "Traceback" not in result.stderr
+        assert "--debug" in words or "Traceback" not in result.stderr
         return Said(result.exit_code, result.stdout, result.stderr)
 
     return run
@@ -303,12 +316,30 @@ def test_a_table_without_a_key_is_refused_by_name(world: World, shell: Shell, pl
 # --- pause, interrupt, go on
 
 
-@dataclass(slots=True)
-class Coordinator:
-    """`shardmove run` as a process of its own, which cannot get beyond `copying` while a table is locked."""
+@contextmanager
+def copying_held_up(world: World) -> Iterator[None]:
+    """Within the block no batch can be recorded on the target: a run gets as far as `copying`, and stays there."""
+    with world.connect("s2") as locker:
+        objects.install_schema(locker, world.catalog.cluster_id())
+        locker.execute("BEGIN")
+        locker.execute("LOCK TABLE shardmove.batch IN EXCLUSIVE MODE")
+        yield
+        locker.execute("ROLLBACK")
 
-    world: World
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A command as a process of its own."""
+
     process: subprocess.Popen[str]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def read_until(self, text: str) -> None:
+        """Reads standard error up to the first line that has the text in it."""
+        assert self.process.stderr is not None
+        assert any(text in line for line in self.process.stderr), f"{text!r} was never said"
 
     def end(self) -> Said:
         stdout, stderr = self.process.communicate(timeout=60)
@@ -317,29 +348,182 @@ class Coordinator:
 
 
 @pytest.fixture
-def stuck(world: World, planned: str) -> Iterator[Coordinator]:
-    """Stands in `copying`: the target's last table is locked against COPY from before its first batch."""
-    with world.connect("s2") as locker:
-        locker.execute("BEGIN")
-        # EXCLUSIVE conflicts with COPY's lock, so triggers have to be there first: hold the run between the two.
-        run = _spawn(world, "run", planned, "--json")
-        try:
-            until(lambda: _is_armed(world, planned))
-            locker.execute("LOCK TABLE tenants, customers, orders, order_items, tenant_totals IN EXCLUSIVE MODE")
-            until(lambda: world.move(planned).state is not State.INITIALIZING)
-            yield Coordinator(world, run)
-        finally:
-            locker.execute("ROLLBACK")
-            run.kill()
-            run.wait()
+def start(world: World) -> Iterator[Callable[..., Running]]:
+    """`start("run", "m1")`: begins a command as a process of its own; it does not outlive the test."""
+    environment = {**os.environ, "SHARDMOVE_CONFIG": str(world.write_config())}
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str) -> Running:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shardmove", *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        started.append(process)
+        return Running(process)
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
-def _spawn(world: World, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "shardmove", *words],
-        env={**os.environ, "SHARDMOVE_CONFIG": str(world.write_config())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+Start = Callable[..., Running]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
+    world: World, shell: Shell, start: Start, planned: str, number: signal.Signals
+) -> None:
+    with copying_held_up(world):
+        running = start("run", planned, "--json")
+        until(lambda: world.move(planned).state is State.COPYING)
+        refused = shell("run", planned)
+        assert refused.code == Exit.REFUSED
+        assert f"process {running.process.pid}" in refused.stderr
+        running.signal(number)
+        running.read_until("stopping")
+    said = running.end()
+    assert (said.code, said.stdout) == (Exit.INTERRUPTED, "")
+    assert f"shardmove run {planned}" in json.loads(said.stderr.splitlines()[-1])["hint"]
+    assert world.move(planned).error is None
+    assert shell("run", planned).code == Exit.DONE
+    assert world.move(planned).state is State.READY
+
+
+def test_a_second_interrupt_ends_the_process_and_the_same_command_goes_on(
+    world: World, shell: Shell, start: Start, planned: str
+) -> None:
+    with copying_held_up(world):
+        running = start("run", planned)
+        until(lambda: world.move(planned).state is State.COPYING)
+        running.signal(signal.SIGINT)
+        running.read_until("stopping")
+        running.signal(signal.SIGINT)
+        assert running.process.wait(timeout=10) == -signal.SIGINT
+    assert shell("run", planned).code == Exit.DONE
+
+
+def test_a_pause_stops_the_coordinator_until_it_is_resumed(
+    world: World, shell: Shell, start: Start, planned: str
+) -> None:
+    with copying_held_up(world):
+        running = start("run", planned)
+        until(lambda: world.move(planned).state is State.COPYING)
+        assert shell("pause", planned, "--json").document["moves"][0]["paused"]
+        running.read_until("progress")  # by then, it has looked several times
+    said = running.end()
+    assert said.code == Exit.INTERRUPTED
+    assert f"shardmove resume {planned}" in said.stderr
+    refused = shell("run", planned)
+    assert refused.code == Exit.REFUSED
+    assert "paused" in refused.stderr
+    assert shell("resume", planned).code == Exit.DONE
+    assert shell("run", planned).code == Exit.DONE
+
+
+def test_a_paused_move_is_not_cut_over_and_can_be_rolled_back(world: World, shell: Shell, planned: str) -> None:
+    shell("run", planned)
+    shell("pause", planned)
+    assert shell("cutover", planned).code == Exit.REFUSED
+    assert shell("rollback", planned).code == Exit.DONE
+    assert world.move(planned).state is State.ROLLED_BACK
+
+
+def test_a_run_that_fails_is_rolled_back_where_that_was_wanted(world: World, shell: Shell, planned: str) -> None:
+    def fail(_point: str) -> None:
+        raise errors.Failed("the disk is full", hint="buy one")
+
+    with points.armed("copying.after_whole", fail):
+        said = shell("run", planned)
+        assert (said.code, world.move(planned).error) == (Exit.FAILED, "the disk is full")
+        said = shell("run", planned, "--on-error", "rollback")
+    assert said.code == Exit.FAILED
+    assert "the disk is full; it was rolled back" in said.stderr
+    assert world.move(planned).state is State.ROLLED_BACK
+    assert world.leftovers("s2", planned) == []
+
+
+def test_a_timeout_sets_the_same_event_as_an_interrupt() -> None:
+    with stoppable(timeout_s=0.01) as stop:
+        assert stop.wait(10)
+
+
+def test_serve_attends_until_it_is_told_to_end(world: World, shell: Shell, start: Start, planned: str) -> None:
+    shell("run", planned)
+    assert shell("status", "--json").document["moves"][0]["unattended"]
+    serving = start("serve")
+    until(lambda: not shell("status", "--json").document["moves"][0]["unattended"])
+    assert shell("diagnose", "--json").document == {"findings": []}
+    serving.signal(signal.SIGTERM)
+    assert serving.end().code == Exit.DONE
+
+
+# --- what is wrong, and what is ours
+
+
+def test_diagnose_names_what_is_inconsistent_and_the_command(world: World, shell: Shell, planned: str) -> None:
+    shell("run", planned)
+    with world.connect("s1") as connection:
+        connection.execute(f"ALTER TABLE orders DISABLE TRIGGER shardmove_{planned}_update".encode())
+        connection.execute("UPDATE shardmove.fence SET is_open = false")
+    with world.connect("s2") as connection:
+        connection.execute("INSERT INTO shardmove.fence SELECT 'm77' AS move_id, f.keyspace, f.peer, f.standing,"
+                           " f.is_open, f.is_whole, 0, 0, 1, 2 FROM shardmove.fence f")  # fmt: skip
+    world.catalog.set_paused(planned, True)
+    found = shell("diagnose", "--json").document["findings"]
+    told = {(each["subject"], word) for each in found for word in each["problem"].split()}
+    assert {(f"move {planned}", "paused"), ("shard s1", "orders:"), ("shard s1", "closed"), ("shard s2", "m77")} <= told
+    assert all("shardmove" in each["mend"] for each in found)
+
+
+def test_uninstall_lists_removes_and_leaves_nothing(world: World, shell: Shell, planned: str) -> None:
+    shell("run", planned)
+    refused = shell("uninstall", "--dry-run")
+    assert refused.code == Exit.REFUSED
+    assert planned in refused.stderr
+    shell("run", planned, "--until", "completed")
+    listed = shell("uninstall", "--dry-run", "--json").document
+    assert listed["dry_run"]
+    kinds = {(each["place"], each["kind"]) for each in listed["objects"]}
+    assert {("s1", "schema"), ("s2", "schema"), ("catalog", "schema"), ("s1", "trigger")} <= kinds
+    assert ("s3", "schema") not in kinds
+    assert ours(world) == {"s1": 2, "s2": 1, "s3": 0, "cat": 1}
+    removed = shell("uninstall", "--json").document
+    assert removed["objects"] == listed["objects"]
+    assert ours(world) == {"s1": 0, "s2": 0, "s3": 0, "cat": 0}
+    assert shell("uninstall").code == Exit.USAGE
+
+
+def ours(world: World) -> dict[str, int]:
+    """Per database: 1 for a schema of ours, and 1 for any trigger of ours."""
+    query = (
+        "SELECT (SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'shardmove%')"
+        " + (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'shardmove%' LIMIT 1)::bool::int"
     )
+    return {name: world.fetch(name, query)[0][0] for name in world.dsns}
+
+
+def test_grants_are_enough_for_a_role_without_superuser(world: World, shell: Shell, planned: str) -> None:
+    with world.connect("s1") as connection:
+        connection.execute('DROP ROLE IF EXISTS "Mover"')
+        connection.execute('CREATE ROLE "Mover"')
+        (granted,) = [
+            each for each in shell("grants", "--role", "Mover", "--json").document["grants"] if each["place"] == "s1"
+        ]
+        for statement in granted["statements"]:
+            connection.execute(statement.encode())
+        connection.execute('SET ROLE "Mover"')
+        assert may_be_replica(connection)
+        connection.execute("CREATE SCHEMA shardmove_try")
+        connection.execute("ALTER TABLE orders ENABLE ALWAYS TRIGGER touch")
+        connection.execute("RESET ROLE")
+        connection.execute('DROP SCHEMA shardmove_try; DROP OWNED BY "Mover"; DROP ROLE "Mover"')
+
+
+def test_words_are_read_or_refused() -> None:
+    assert [seconds(text) for text in ("90s", "30m", "2h", "5", "250ms")] == [90, 1800, 7200, 5, 0.25]
+    assert listed("1, 2") == ["1", "2"]

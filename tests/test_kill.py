@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
-import sys
-from pathlib import Path
+import time
+
+import pytest
 
 from shardmove.coordinator import planner
 from shardmove.domain.keys import KeyRange
@@ -20,19 +21,26 @@ from tests.support.world import World
 KILLS = 50
 MOVED = KeyRange(20, None)
 RUN_BOUND_S = 120.0
+LIFE_S = 4.0
+"""Kills fall within so many seconds after the coordinator took the lease; a whole move takes about as long."""
 
 
 class Coordinator:
     """`shardmove run ID --until completed` in a process of its own."""
 
-    def __init__(self, config_file: Path, move_id: str) -> None:
-        self.command = [sys.executable, "-m", "shardmove.cli.app", "-c", str(config_file)]
-        self.process = subprocess.Popen(
-            [*self.command, "run", move_id, "--until", "completed"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+    def __init__(self, world: World, move: Move) -> None:
+        self.world = world
+        self.move = move
+        self.process = world.spawn("run", move.id, "--until", "completed")
+
+    def has_begun(self) -> None:
+        """Returns when it holds the move's lease, or has ended."""
+        deadline = time.monotonic() + RUN_BOUND_S
+        while self.process.poll() is None:
+            holder = self.world.catalog.holder(self.move.id)
+            if holder is not None and holder.process_id == self.process.pid:
+                return
+            assert time.monotonic() < deadline, "the coordinator does not begin"
 
     def killed_after(self, seconds: float) -> bool:
         """Kills it then; False where it had come to its end before, which must have been a good one."""
@@ -50,21 +58,22 @@ class Coordinator:
         assert self.process.returncode == 0, errors.decode()
 
 
+@pytest.mark.timeout(1800)
 def test_sigkill_at_random_moments(world: World, rng: random.Random) -> None:
-    config_file = world.write_config()
     states: dict[State, int] = {}
     with world.writers(rate=150.0):
         move = _next_move(world)
         for _ in range(KILLS):
-            coordinator = Coordinator(config_file, move.id)
-            was_killed = coordinator.killed_after(rng.uniform(0.5, 2.5))
+            coordinator = Coordinator(world, move)
+            coordinator.has_begun()
+            was_killed = coordinator.killed_after(rng.uniform(0.0, LIFE_S))
             state = world.move(move.id).state
             states[state] = states.get(state, 0) + was_killed
             if state is State.COMPLETED:
-                Coordinator(config_file, move.id).ends_well()
+                Coordinator(world, move).ends_well()
                 _assert_nothing_left(world, move)
                 move = _next_move(world)
-        Coordinator(config_file, move.id).ends_well()
+        Coordinator(world, move).ends_well()
     print("killed in:", {str(state): count for state, count in sorted(states.items())})
     world.assert_nothing_lost(absent_on={_other(world.owner(25)): [MOVED]})
     _assert_nothing_left(world, move)

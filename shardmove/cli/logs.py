@@ -47,7 +47,7 @@ def configure(level: Level | None) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24),
+                structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=14, sort_keys=False),
             ],
         )
     )

@@ -95,7 +95,7 @@ def _outcome(move: Document) -> str:
         line += ", paused"
     longest_ms = move["stall_ms"]["max"]
     if longest_ms is not None:
-        line += f"; writes waited {longest_ms:.0f} ms at most in {move['stall_ms']['attempts']} cutover attempts"
+        line += f"; its cutovers held up writes for {longest_ms:.0f} ms at most"
     next_ = _NEXT.get(move["state"])
     return line + (f"; next: {next_.format(id=move['id'])}" if next_ else "")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import structlog
 import typer
+from rich.console import Console
 
-from shardmove.cli.desk import Desk, verb
+from shardmove.cli.desk import Desk, stdout, verb
 from shardmove.cli.root import app
 from shardmove.cli.signals import stoppable
 from shardmove.coordinator.attending import attend
@@ -26,14 +26,10 @@ def serve(desk: Desk) -> None:
 
 
 @verb(app)
-def demo(
-    desk: Desk,
-    rows: Annotated[int, typer.Option(help="Rows of the shop before it is split.")] = 200_000,
-    keep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the servers' data, the ledger and cluster.toml here.")
-    ] = None,
-) -> None:
+def demo(desk: Desk, rows: Annotated[int, typer.Option(help="Rows of the shop before it is split.")] = 200_000) -> None:
     """Split a shop under load on embedded servers, and check that nothing was lost."""
     from shardmove.demo.story import tell  # its servers come with an extra of the package
 
-    tell(rows=rows, keep=keep)
+    result = tell(Console(stderr=True) if desk.as_json else stdout(), rows=rows)
+    if desk.as_json:
+        desk.show(result.document(), str)

@@ -129,6 +129,7 @@ class _Crossing:
         self.mirror: Mirror
         self.attempt_: Attempt | None = None
         self.known_routes: RouteTable | None = None
+        self.guards: list[Connection] = []
         self.closing_began = 0.0
         self.watchdog = threading.Timer(self.limits.max_stall_ms / 1000 * WATCHDOG_FACTOR, self._abandon_from_outside)
         self.watchdog.daemon = True
@@ -149,7 +150,7 @@ class _Crossing:
 
     def _looking(self) -> list[Step]:
         return [
-            Step("the preconditions hold", lambda: preflight.require_cutover(self.hold, self.direction), looks=True),
+            Step("the preconditions hold", self._look, looks=True),
             Step(
                 f"sequences of {self.receiver} are ahead of those of {self.giver}",
                 self._advance_sequences,
@@ -172,6 +173,12 @@ class _Crossing:
         ]
 
     # --- before anything is held up
+
+    def _look(self) -> None:
+        try:
+            preflight.require_cutover(self.hold, self.direction)
+        except errors.LockNotAvailable:
+            raise NotNow("somebody changes a moving table just now") from None
 
     def _advance_sequences(self) -> None:
         sequences.advance(
@@ -220,6 +227,7 @@ class _Crossing:
                     raise NotNow(f"somebody changes a moving table on {shard} just now") from None
                 drift.check_fingerprint(connection, self.hold.move.id, self.hold.tables, shard)
                 drift.check_identity(connection, shard, self.hold.move.identities)
+                self.guards.append(connection)
             points.reach("cutover.after_guards")
             # A DDL statement that waits for these locks makes our own catch-up wait behind it: bounded, or writes would
             # wait for as long as it does.
@@ -266,8 +274,14 @@ class _Crossing:
 
     def _empty(self) -> None:
         self.mirror.until_empty()
+        self._require_guards()
         self._check_stall()
         points.reach("cutover.after_empty")
+
+    def _require_guards(self) -> None:
+        """The table locks were held until the journal was empty: without a guard DDL could have slipped past."""
+        for connection in self.guards:
+            connection.execute("")
 
     def _check_sequences(self) -> None:
         giver, receiver = self.hold.connection(self.giver), self.hold.connection(self.receiver)

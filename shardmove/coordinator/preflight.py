@@ -362,6 +362,7 @@ def require_cutover(hold: Hold, direction: Direction) -> None:
     Raises:
         Refused: says which does not hold.
         SchemaDrift, ServerChanged: as the checks behind them.
+        LockNotAvailable: DDL on a moving table is under way.
     """
     move = hold.move
     giver_name, receiver_name = move.giver(direction), move.receiver(direction)
@@ -385,20 +386,34 @@ def require_cutover(hold: Hold, direction: Direction) -> None:
     problem = schema_difference(site)
     if problem is not None:
         raise Refused(f"move {move.id}: {problem.message}", hint=problem.hint)
-    try_way_back(move, hold.tables, giver=giver, receiver=receiver, receiver_name=receiver_name)
+    try_way_back(
+        move,
+        hold.tables,
+        giver=giver,
+        receiver=receiver,
+        receiver_name=receiver_name,
+        lock_timeout_ms=hold.config.limits.ddl_lock_timeout_ms,
+    )
 
 
 def try_way_back(
-    move: Move, tables: Sequence[Table], *, giver: Connection, receiver: Connection, receiver_name: str
+    move: Move,
+    tables: Sequence[Table],
+    *,
+    giver: Connection,
+    receiver: Connection,
+    receiver_name: str,
+    lock_timeout_ms: int,
 ) -> None:
     """The mirror in the other direction is armed, and its permissions suffice: tried, and rolled back.
 
-    Raises Refused. Changes nothing.
+    Raises Refused, and LockNotAvailable where DDL is under way. Changes nothing.
     """
     for table in tables:
         if not objects.is_armed(receiver, move.id, table):
             raise Refused(f"move {move.id}: {table.name} on {receiver_name} has no triggers: there is no way back")
     with giver.transaction(force_rollback=True):
+        giver.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
         become_replica(giver, move.id)
         for table in tables:
             giver.execute(sql.SQL("DELETE FROM {} WHERE false").format(table_sql(table)))

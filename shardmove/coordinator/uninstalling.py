@@ -43,11 +43,11 @@ _TRIGGERS = """
 
 _IN_SCHEMA = """
     SELECT CASE c.relkind WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' ELSE 'table' END, c.relname
-    FROM pg_catalog.pg_class c WHERE c.relnamespace = %(schema)s::regnamespace AND c.relkind IN ('r', 'S', 'v')
+    FROM pg_catalog.pg_class c WHERE c.relnamespace = %(schema)s::text::regnamespace AND c.relkind IN ('r', 'S', 'v')
     UNION ALL
-    SELECT 'function', p.proname FROM pg_catalog.pg_proc p WHERE p.pronamespace = %(schema)s::regnamespace
+    SELECT 'function', p.proname FROM pg_catalog.pg_proc p WHERE p.pronamespace = %(schema)s::text::regnamespace
     UNION ALL
-    SELECT 'schema', %(schema)s
+    SELECT 'schema', %(schema)s::text
     ORDER BY 1, 2
 """
 

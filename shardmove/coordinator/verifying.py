@@ -11,6 +11,7 @@ from psycopg import sql
 from shardmove.coordinator.copying import mirror_beside
 from shardmove.coordinator.drifting import accept_drift
 from shardmove.coordinator.hold import Hold
+from shardmove.domain import points
 from shardmove.domain.errors import DifferencesFound
 from shardmove.domain.moves import State
 from shardmove.postgres.introspect import Table
@@ -46,6 +47,7 @@ def verify(hold: Hold) -> None:
     accept_drift(hold)
     verdict = compare_in_full(hold, repair=bool(hold.catalog.stats(hold.move.id).get("drifted")))
     require_equal(hold, verdict)
+    points.reach("verifying.after_comparison")
     hold.catalog.set_stats(
         hold.move.id,
         {"rows_verified": sum(table.rows_owner for table in verdict.tables), "drifted": False},

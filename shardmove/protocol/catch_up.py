@@ -297,8 +297,9 @@ def take_entries(
     name = journal(move_id, ordinal)
     wanted = sql.SQL("{} >= {}::xid8 AND {}").format(sql.Identifier(XID), sql.Literal(str(start)), passes)
     if rows_max is not None:
-        wanted = sql.SQL("ctid = ANY (ARRAY(SELECT ctid FROM {} WHERE {} LIMIT {}))").format(
-            name, wanted, sql.Literal(rows_max)
+        # The oldest first, which the index answers: without an order the server reads past all dead entries.
+        wanted = sql.SQL("ctid = ANY (ARRAY(SELECT ctid FROM {} WHERE {} ORDER BY {} LIMIT {}))").format(
+            name, wanted, sql.Identifier(XID), sql.Literal(rows_max)
         )
     return giver.execute(sql.SQL("DELETE FROM {} WHERE {} RETURNING {}").format(name, wanted, table.keyset_as_text()))
 

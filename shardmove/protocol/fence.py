@@ -156,9 +156,12 @@ def holders(connection: Connection, fence_key: int, *, longer_than_s: float) -> 
         " AND a.xact_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %s) ORDER BY 3 DESC",
         (fence_key, longer_than_s),
     ).fetchall()
+    # A prepared transaction has no process; what its locks have in common is the virtual transaction that it was.
     prepared = connection.execute(
-        "SELECT p.gid FROM pg_catalog.pg_prepared_xacts p JOIN pg_catalog.pg_locks l"
-        " ON l.virtualtransaction = '-1/' || p.transaction::text WHERE l.locktype = 'advisory' AND l.objsubid = 1"
+        "SELECT p.gid FROM pg_catalog.pg_prepared_xacts p"
+        " JOIN pg_catalog.pg_locks x ON x.locktype = 'transactionid' AND x.transactionid = p.transaction"
+        " JOIN pg_catalog.pg_locks l USING (virtualtransaction) WHERE x.pid IS NULL AND l.pid IS NULL"
+        " AND p.database = pg_catalog.current_database() AND l.locktype = 'advisory' AND l.objsubid = 1"
         " AND ((l.classid::int8 << 32) | l.objid::int8) = %s",
         (fence_key,),
     ).fetchall()

@@ -469,6 +469,7 @@ def keep_fence(
     """
     with _changing_kept(connection, keyspace):
         ranges = merged([*kept_ranges(connection, keyspace), *given])
+        points.reach("keep.before_fence")
         for table in tables:
 
             def keep(table: Table = table) -> None:

@@ -89,15 +89,6 @@ def differences(engine: Engine, condition: str = "BETWEEN 100 AND 199") -> list[
     return found
 
 
-def missing(expected: Mapping[str, str], engine: Engine, shard: str) -> list[str]:
-    """Rows, by table, that the application was told are there, and that are not. `expected`: row → table."""
-    return [
-        f"{shard} lost {row} of {table}"
-        for row, table in expected.items()
-        if row not in rows(engine.dsn[shard], f"SELECT t::text FROM {table} AS t")
-    ]
-
-
 # --- the engine's verbs, in this process
 
 

@@ -1,10 +1,10 @@
 """Clients driven step by step, pauses at control points, and questions to the shards by plain SQL.
 
-    with Clerk(world, "s1") as clerk, Pause("close.after_lock") as closing:
-        join = in_background(lambda: world.cut_over(move))
-        closing.wait()                       # the coordinator stands still there
-        clerk.rename(25, "written meanwhile")
-        closing.release()
+with Clerk(world, "s1") as clerk, Pause("close.after_lock") as closing:
+    join = in_background(lambda: world.cut_over(move))
+    closing.wait()                       # the coordinator stands still there
+    clerk.rename(25, "written meanwhile")
+    closing.release()
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, LiteralString, Self
 
@@ -23,6 +24,7 @@ from shardmove.catalog.store import Catalog
 from shardmove.demo import check, ledger, shop
 from shardmove.demo.ledger import Image, Ledger, Outcome, Write
 from shardmove.domain import points
+from shardmove.domain.keys import KeyRange
 from shardmove.postgres.connect import Connection, connect
 from shardmove.protocol import fence
 from tests.support.engine import until
@@ -30,11 +32,21 @@ from tests.support.world import World
 
 BOUND_S: Final = 60.0
 LEVELS: Final = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
-STRANGER: Final = 999  # a tenant of every range from 20 on that no shard has
+MOVED: Final = KeyRange(20, None)  # what `world.split()` moves
+STRANGER: Final = 999  # a tenant of that range that no shard has
 
 
 class Killed(BaseException):
     """A coordinator's death: no handler of the product sees it, so nothing is settled."""
+
+
+def take_baseline(world: World) -> Path:
+    """Every row as it is before the first write, unless that was written down already. Returns the ledger's place."""
+    directory = world.directory / "ledger"
+    if not ledger.has_baseline(directory):
+        routes = world.catalog.routes()["shop"]
+        check.take_baseline(directory, world.shards, lambda tenant: routes.at(tenant).shard)
+    return directory
 
 
 # --- clients
@@ -47,10 +59,7 @@ class Clerk:
     """
 
     def __init__(self, world: World, shard: str, name: str = "clerk") -> None:
-        directory = world.directory / "ledger"
-        if not ledger.has_baseline(directory):
-            routes = world.catalog.routes()["shop"]
-            check.take_baseline(directory, world.shards, lambda tenant: routes.at(tenant).shard)
+        directory = take_baseline(world)
         self.name = name
         self.shard = shard
         self._ledger = Ledger(ledger.new_ledger_path(directory, ledger.next_generation(directory), name))
@@ -100,9 +109,27 @@ class Clerk:
             tenant,
         )
 
-    def delete_items(self, from_tenant: int) -> None:
-        """Every order item of the tenants from that one on."""
+    def delete_all(self, from_tenant: int) -> None:
+        """Every row of the tenants from that one on, table by table."""
+        self.begin()
         self._write(shop.ITEMS, "DELETE FROM order_items t WHERE tenant_id >= {}", from_tenant, is_delete=True)
+        self._write(shop.ORDERS, "DELETE FROM orders t WHERE tenant_id >= {}", from_tenant, is_delete=True)
+        self._write(shop.CUSTOMERS, "DELETE FROM customers t WHERE tenant_id >= {}", from_tenant, is_delete=True)
+        self._write(shop.TENANTS, "DELETE FROM tenants t WHERE tenant_id >= {}", from_tenant, is_delete=True)
+        self.commit()
+
+    def rename_unseen(self, tenant: int, name: str) -> None:
+        """With every trigger off, ours too: nothing journals it, no fence sees it. The transaction stays open."""
+        self.begin()
+        self.execute("ALTER TABLE tenants DISABLE TRIGGER ALL")
+        self.rename(tenant, name)
+
+    def commit_unseen(self, move_id: str) -> None:
+        """The triggers as they were before `rename_unseen`."""
+        self.execute("ALTER TABLE tenants ENABLE TRIGGER ALL")
+        for event in ("insert", "update", "delete", "truncate"):
+            self.execute(f"ALTER TABLE tenants ENABLE ALWAYS TRIGGER shardmove_{move_id}_{event}")
+        self.commit()
 
     def _write(self, table: shop.Table, statement: LiteralString, *values: Any, is_delete: bool = False) -> None:
         """In the open transaction, or in one of its own that is committed at once."""
@@ -192,23 +219,21 @@ class Pause:
         self._go.set()
 
 
-def on_thread(thread: Callable[[], threading.Thread | None]) -> Callable[[], bool]:
-    return lambda: threading.current_thread() is thread()
-
-
 @contextmanager
-def at(point: str, act: Callable[[], object], *, nth: int = 1) -> Iterator[None]:
-    """Runs `act` in the thread that reaches the point for the n-th time, once."""
+def at(point: str, act: Callable[[], object], *, nth: int = 1) -> Iterator[threading.Event]:
+    """Runs `act` once, in the thread that reaches the point for the n-th time; yields an event: it was run."""
     seen = 0
+    done = threading.Event()
 
     def hook(_name: str) -> None:
         nonlocal seen
         seen += 1
         if seen == nth:
             act()
+            done.set()
 
     with points.armed(point, hook):
-        yield
+        yield done
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -244,14 +269,18 @@ def party(world: World, move_id: str) -> Iterator[Callable[[str], Connection]]:
             connection.close()
 
 
-def cut_off(world: World, shard: str, move_id: str) -> None:
-    """Ends every session of ours for the move on a server; returns when they are gone."""
-    pattern = f"shardmove%lease {move_id}" if shard == "cat" else fence.application_name(move_id)
+def end_sessions(world: World, server: str, application: str) -> None:
+    """Ends every session of that name on a server; returns when they are gone."""
     world.fetch(
-        shard,
+        server,
         "SELECT count(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity"
-        f" WHERE datname = current_database() AND application_name LIKE '{pattern}'",
+        f" WHERE datname = current_database() AND application_name = '{application}'",
     )
+
+
+def lose_lease(world: World, move_id: str) -> None:
+    """The coordinator's lease connection dies: from now on another one may take the move over."""
+    end_sessions(world, "cat", f"shardmove lease {move_id}")
 
 
 # --- what the shards say, by plain SQL
@@ -275,7 +304,10 @@ def accepts(world: World, shard: str, tenant: int = STRANGER) -> bool:
     """The shard lets a client write to the tenant. Tried, and rolled back."""
     with psycopg.connect(world.dsns[shard]) as connection:
         try:
-            connection.execute("INSERT INTO tenants VALUES (%s, 'a try')", (tenant,))
+            connection.execute(
+                "INSERT INTO tenants AS t VALUES (%s, 'a try') ON CONFLICT (tenant_id) DO UPDATE SET plan = t.plan",
+                (tenant,),
+            )
         except psycopg.errors.SerializationFailure:
             return False
         finally:
@@ -284,5 +316,15 @@ def accepts(world: World, shard: str, tenant: int = STRANGER) -> bool:
 
 
 def owners(world: World, tenant: int = STRANGER) -> list[str]:
-    """Every shard that lets clients write to the tenant: one, or the protocol is broken (I4)."""
+    """Every shard of s1 and s2 that lets clients write to the tenant: one, or the protocol is broken (I4)."""
     return [shard for shard in ("s1", "s2") if accepts(world, shard, tenant)]
+
+
+def damage(world: World, *, one_owner: bool = True, absent_on: str | None = None, moved: KeyRange = MOVED) -> list[str]:
+    """What the ledger and the shards say of the story's end. `absent_on`: nothing of the range may be on that shard."""
+    report = world.check(absent_on={} if absent_on is None else {absent_on: [moved]})
+    found = [] if report.ok and not report.failed else [str(report)]
+    accepting = owners(world) if one_owner else [world.owner(STRANGER)]
+    if accepting != [world.owner(STRANGER)]:
+        found.append(f"{world.owner(STRANGER)} owns the range, and {accepting} accept writes to it")
+    return found

@@ -13,6 +13,8 @@ the product (`monkeypatch.setattr(fence, "lock_exclusively", …)`) and the exte
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,6 +93,15 @@ class World:
         path = self.directory / "cluster.toml"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
+
+    def spawn(self, *command: str) -> subprocess.Popen[bytes]:
+        """`shardmove …` in a process of its own, over this world; its output goes to standard error of the test."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "shardmove", *command, "-c", str(self.write_config())],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     # --- the verbs
 

@@ -1,0 +1,304 @@
+"""The demo: a shop's shard is split under load, on servers of its own, by the commands that an operator types.
+
+    servers        a catalog, s1 with every tenant, s2 empty; fsync on
+    writers        four processes, three isolation levels; nine of ten writes go to the tenants that move
+    commands       apply, plan, preflight, run, cutover, revert, cutover, …, verify, complete; `serve` beside them
+    verdict        the clients' own ledger against every row of both shards, by plain SQL
+
+What it promises is in `Result.ok`: nothing lost, nothing different, no error that a client saw.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+from rich.console import Console
+
+from shardmove.demo import check, pages, shop
+from shardmove.demo.measure import Stall, Window, percentile
+from shardmove.demo.writers import Summary, WriterFleet
+from shardmove.domain.errors import DifferencesFound, Failed
+from shardmove.domain.keys import KeyRange
+from shardmove.postgres.embedded import Cluster
+
+SOURCE: Final = "s1"
+TARGET: Final = "s2"
+TENANTS: Final = range(1, 401)
+SPLIT_AT: Final = 201
+STAYING, MOVING = KeyRange(None, SPLIT_AT), KeyRange(SPLIT_AT, None)
+
+PROCESSES: Final = 4
+RATE_S: Final = 225.0
+"""Write transactions a second that each writer process begins."""
+FOCUS_SHARE: Final = 0.92
+WRITES_S_MIN: Final = 500.0
+"""Acknowledged writes a second into the moving range that every step is to bear."""
+ROUNDS: Final = 3
+"""How often the range is cut over; between two of them it is reverted."""
+REST_S: Final = 1.5
+"""How long the mirror is watched alone before each cutover."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stretch of the protocol, in `time.monotonic()`."""
+
+    name: str
+    since: float
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cutover:
+    """A change of the owner, and where to look for it in the ledger."""
+
+    step: Step
+    new_owner: str
+
+
+@dataclass(slots=True)
+class Result:
+    """What the demo measured, and the checker's report."""
+
+    tables: Sequence[Mapping[str, Any]]
+    steps: Sequence[tuple[Step, Window]]
+    stalls: Sequence[tuple[Cutover, Stall | None]]
+    report: check.Report
+    errors: Sequence[str]
+    elapsed_s: float
+
+    @property
+    def ok(self) -> bool:
+        return self.report.ok and not self.report.failed and not self.errors
+
+    @property
+    def slow_steps(self) -> list[str]:
+        """Steps in which fewer writes came through than every step is to bear."""
+        return [step.name for step, window in self.steps if window.rate_s < WRITES_S_MIN]
+
+    def stall_ms(self, percent: float) -> float:
+        """Over the cutovers."""
+        return percentile(sorted(stall.stall_ms for _, stall in self.stalls if stall is not None), percent)
+
+    def document(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {
+            "ok": self.ok,
+            "tables": [
+                {"table": t["table"], "moved": t["rows_source"], "verified": t["rows_target"]} for t in self.tables
+            ],
+            "steps": [
+                {
+                    "step": step.name,
+                    "seconds": window.seconds,
+                    "acknowledged": window.acknowledged,
+                    "rate_s": window.rate_s,
+                    "by_isolation": dict(window.by_isolation),
+                }
+                for step, window in self.steps
+            ],
+            "stall_ms": {"p50": self.stall_ms(50), "p99": self.stall_ms(99), "max": self.stall_ms(100)},
+            "cutovers_ms": [None if stall is None else stall.stall_ms for _, stall in self.stalls],
+            "check": {name: value for name, value in asdict(self.report).items() if name != "details"},
+            "errors": list(self.errors),
+            "elapsed_s": self.elapsed_s,
+        }
+
+
+def tell(console: Console, *, rows: int) -> Result:
+    """Plays the whole story, and prints it as it happens.
+
+    Raises:
+        DifferencesFound: the ledger and the shards disagree, or a client saw an error; printed before.
+        Failed: a command of the story ended as it should not.
+    """
+    started = time.monotonic()
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardmove-demo-")))
+        pages.say(console, "three PostgreSQL servers, fsync on: a catalog, s1, s2")
+        cluster = stack.enter_context(Cluster(["catalog", SOURCE, TARGET]))
+        stage = Stage(console, directory, cluster)
+        stage.open_the_shop(rows)
+        result = stage.play(started)
+    pages.show(console, result)
+    if not result.ok:
+        raise DifferencesFound("the demo found damage: see above", hint="this is a bug of shardmove; please report it")
+    return result
+
+
+@dataclass(slots=True)
+class Stage:
+    """Everything that the story needs: servers, writers, and the commands with their times."""
+
+    console: Console
+    directory: Path
+    cluster: Cluster
+    steps: list[Step] = field(default_factory=list)
+    cutovers: list[Cutover] = field(default_factory=list)
+
+    @property
+    def shards(self) -> dict[str, str]:
+        return {name: self.cluster[name].dsn for name in (SOURCE, TARGET)}
+
+    @property
+    def config_file(self) -> Path:
+        return self.directory / "cluster.toml"
+
+    # --- before the curtain
+
+    def open_the_shop(self, rows: int) -> None:
+        """Makes the shop on both shards, fills it on the source, and writes the configuration."""
+        for dsn in self.shards.values():
+            with psycopg.connect(dsn, autocommit=True) as connection:
+                shop.create(connection)
+        with psycopg.connect(self.shards[SOURCE], autocommit=True) as connection:
+            loaded = shop.load(connection, TENANTS, rows=rows)
+        pages.say(self.console, f"a shop of {loaded:,} rows, {len(TENANTS)} tenants, all of them on {SOURCE}")
+        self.config_file.write_text(pages.configuration(self.cluster["catalog"].dsn, self.shards), encoding="utf-8")
+
+    # --- the play
+
+    def play(self, started: float) -> Result:
+        """From `apply` to the check of every row."""
+        self.command("apply")
+        fleet = WriterFleet(
+            self.directory / "ledger",
+            self.cluster["catalog"].dsn,
+            self.shards,
+            tenants=TENANTS,
+            processes=PROCESSES,
+            rate=RATE_S,
+            focus=TENANTS[SPLIT_AT - TENANTS.start :],
+            focus_share=FOCUS_SHARE,
+        )
+        with fleet, self.serving():
+            pages.say(self.console, f"{PROCESSES} writer processes, all isolation levels, most writes where it moves")
+            move_id = self.split()
+            self.swing(move_id)
+            tables = self.verify(move_id)
+            self.timed("complete", "complete", move_id)
+        pages.say(self.console, "the writers have stopped; every row of both shards against the clients' ledger")
+        report = check.check(
+            self.directory / "ledger",
+            self.shards,
+            {SOURCE: [STAYING], TARGET: [MOVING]},
+            absent_on={SOURCE: [MOVING], TARGET: [STAYING]},
+        )
+        return self.result(fleet.summary(), tables, report, started)
+
+    def split(self) -> str:
+        """Plans the split and runs it until the target is copied, mirrored and verified."""
+        self.command("plan", "split", shop.KEYSPACE, "--at", str(SPLIT_AT), "--to", TARGET)
+        (move,) = self.ask("status")["moves"]
+        move_id = str(move["id"])
+        self.command("preflight", move_id)
+        began = time.monotonic()
+        self.command("run", move_id)
+        self.steps += self.states(move_id, began)
+        return move_id
+
+    def states(self, move_id: str, began: float) -> Iterator[Step]:
+        """What the run went through, by the catalog's own events."""
+        to_monotonic = time.monotonic() - time.time()
+        names = {"copying": "initialize", "verifying": "copy", "ready": "verify"}
+        since = began
+        for event in self.ask("events", move_id)["events"]:
+            if event["kind"] == "state_changed" and event["detail"]["after"] in names:
+                until = datetime.fromisoformat(event["at"]).timestamp() + to_monotonic
+                yield Step(names[event["detail"]["after"]], since, until)
+                since = until
+
+    def swing(self, move_id: str) -> None:
+        """Cuts over, reverts, and cuts over again; before each the mirror is watched alone for a while."""
+        for number in range(1, 2 * ROUNDS):
+            is_forward = number % 2 == 1
+            self.rest("ready, mirrored" if is_forward else "switched, mirrored back")
+            verb, owner = ("cutover", TARGET) if is_forward else ("revert", SOURCE)
+            self.cutovers.append(Cutover(self.timed(verb, verb, move_id), owner))
+        self.rest("switched, mirrored back")
+
+    def verify(self, move_id: str) -> Sequence[Mapping[str, Any]]:
+        """Rows of each table, read on both sides once more."""
+        pages.typed(self.console, ("verify", move_id, "--json"))
+        began = time.monotonic()
+        verdict = self.ask("verify", move_id)
+        self.steps.append(Step("verify once more", began, time.monotonic()))
+        pages.printed(self.console, "equal" if verdict["equal"] else "the two sides differ")
+        tables: Sequence[Mapping[str, Any]] = verdict["tables"]
+        return tables
+
+    def result(
+        self, summary: Summary, tables: Sequence[Mapping[str, Any]], report: check.Report, started: float
+    ) -> Result:
+        def moves(tenant: int) -> bool:
+            return tenant in MOVING
+
+        return Result(
+            tables=tables,
+            steps=[(step, summary.window(step.since, step.until, within=moves)) for step in self.steps],
+            stalls=[
+                (each, summary.stall(each.step.since, each.step.until, new_owner=each.new_owner, within=moves))
+                for each in self.cutovers
+            ],
+            report=report,
+            errors=summary.errors,
+            elapsed_s=time.monotonic() - started,
+        )
+
+    # --- commands
+
+    def command(self, *words: str) -> None:
+        """Types a command, and shows what it prints. Raises Failed where it does not end with 0."""
+        pages.typed(self.console, words)
+        done = self.run(words)
+        pages.printed(self.console, done.stdout)
+        if done.returncode:
+            raise Failed(f"shardmove {' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
+
+    def ask(self, *words: str) -> Any:
+        """What a command knows, read without showing it."""
+        done = self.run((*words, "--json"))
+        if done.returncode:
+            raise Failed(f"shardmove {' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
+        return json.loads(done.stdout)
+
+    def run(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.line(words), capture_output=True, text=True, check=False)
+
+    def line(self, words: Sequence[str]) -> list[str]:
+        return [sys.executable, "-m", "shardmove", *words, "-c", str(self.config_file)]
+
+    def timed(self, name: str, *words: str) -> Step:
+        """A command that is a step of its own."""
+        began = time.monotonic()
+        self.command(*words)
+        self.steps.append(Step(name, began, time.monotonic()))
+        return self.steps[-1]
+
+    def rest(self, name: str) -> None:
+        """Lets the writers write while nothing but the mirror runs."""
+        began = time.monotonic()
+        time.sleep(REST_S)
+        self.steps.append(Step(name, began, time.monotonic()))
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """`shardmove serve` in the background: it mirrors whenever no other command does."""
+        pages.typed(self.console, ("serve", "&"))
+        log = (self.directory / "serve.log").open("wb")
+        with log, subprocess.Popen(self.line(["serve"]), stdout=log, stderr=log) as process:
+            try:
+                yield
+            finally:
+                process.terminate()
