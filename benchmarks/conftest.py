@@ -1,4 +1,7 @@
-"""The servers of the benchmarks (fsync on, as in earnest, unless SHARDMOVE_BENCH_FSYNC says off), the peers' figures, and one line a benchmark at the end."""
+"""The servers of the benchmarks, the peers' figures, and one line a benchmark at the end.
+
+fsync is on, as in earnest, unless SHARDMOVE_BENCH_FSYNC says off.
+"""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def pipe(psql: Path, source_dsn: str, target_dsn: str) -> int:
 
 
 def read_both(psql: Path, dsns: Sequence[str]) -> None:
-    """Reads the move's rows on both sides at once, and throws them away: what any full comparison has to do at least."""
+    """Reads the move's rows on both sides at once, and throws them away: the least that a full comparison has to do."""
     command = f"COPY ({ROWS_OF_THE_MOVE} ORDER BY tenant_id, id) TO STDOUT (FORMAT binary)"
     readers = [subprocess.Popen(_psql(psql, dsn, command), stdout=subprocess.DEVNULL) for dsn in dsns]
     assert all(reader.wait() == 0 for reader in readers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -21,7 +22,7 @@ from shardmove.domain import points
 from shardmove.domain.errors import ShardmoveError
 from shardmove.postgres.connect import Connection, is_unreachable
 from shardmove.postgres.sql import Interval
-from shardmove.protocol.catch_up import Mirror
+from shardmove.protocol.catch_up import Mirror, Pass, become_replica
 from tests.support.engine import Engine, until
 from tests.support.twins import (
     Died,
@@ -76,7 +77,7 @@ def shop(engine: MakeEngine) -> Engine:
 
 
 def write(client: Connection, rng: random.Random) -> None:
-    """One transaction of an application, which gives it up where a constraint refuses it or another one is in its way."""
+    """One transaction of an application, which gives it up where a constraint or another transaction is in its way."""
     with suppress(errors.IntegrityError, errors.DeadlockDetected), client.transaction():
         for _ in range(rng.randint(1, 3)):
             client.execute(statement(rng).encode())
@@ -174,6 +175,75 @@ def receiver_session_ends(running: Mirror) -> None:
 
 
 FAULTS: Final[tuple[Callable[[Mirror], None], ...]] = (process_dies, giver_session_ends, receiver_session_ends)
+
+
+# --- unique values that a batch under way holds
+
+
+def test_a_value_that_a_batch_commits_meanwhile_does_not_end_the_mirror(shop: Engine) -> None:
+    """The batch has written the old holder of a unique value; the mirror wants to give it to the new one, and waits.
+
+    When the batch commits, the value is taken; the next look lets the old holder's entry through as well.
+    """
+    copy_batch(shop, (None, ("100", "6")))
+    with mirror(shop) as running:
+        others: list[Future[Pass]] = []
+
+        def value_moves_on() -> None:
+            shop.fetch("s1", "UPDATE orders SET note = 'z' WHERE tenant_id = 100 AND id = 8;"
+                       " UPDATE orders SET note = 'h' WHERE tenant_id = 100 AND id = 3")  # fmt: skip
+            others.append(spawn(lambda: running.catch_up(full_look=True)))
+            until(lambda: others[0].done() or waits_for_a_transaction(shop))
+
+        with once("batch.before_compare", value_moves_on):
+            copy_batch(shop, (("100", "6"), None))
+        others[0].result(60)
+    copy_batch(shop, ordinal=2)
+    carry_all(shop)
+    assert differences(shop) == []
+
+
+def test_a_deadlock_with_a_batch_does_not_end_the_mirror(shop: Engine) -> None:
+    """Batch and mirror write two unique values in opposite orders. The server ends the mirror's transaction."""
+    copy_batch(shop, (None, ("100", "6")))
+    shop.fetch("s1", "UPDATE orders SET note = id + 100 WHERE tenant_id = 100 AND id IN (8, 9);"
+               " UPDATE orders SET note = 'i' WHERE tenant_id = 100 AND id = 2;"
+               " UPDATE orders SET note = 'h' WHERE tenant_id = 100 AND id = 3")  # fmt: skip
+    with mirror(shop) as running, shop.connect("s2") as a_batch:
+        running.receiver.execute("SET deadlock_timeout = '3s'")
+        a_batch.execute("SET deadlock_timeout = '60s'")
+        a_batch.execute("BEGIN")
+        become_replica(a_batch, shop.move.id)
+        a_batch.execute("INSERT INTO public.orders VALUES (100, 8, 'h')")
+        other = spawn(lambda: running.catch_up(full_look=True))
+        until(lambda: other.done() or waits_for_a_transaction(shop))
+        a_batch.execute("INSERT INTO public.orders VALUES (100, 9, 'i')")
+        a_batch.execute("ROLLBACK")
+        other.result(60)
+    copy_batch(shop, (("100", "6"), None))
+    copy_batch(shop, ordinal=2)
+    carry_all(shop)
+    assert differences(shop) == []
+
+
+def test_a_value_that_a_resident_holds_is_told(shop: Engine) -> None:
+    """No catch-up can get over it: bounded, then the server's own words."""
+    copy_all(shop)
+    with shop.connect("s2") as target, target.transaction():
+        become_replica(target, shop.move.id)
+        target.execute("INSERT INTO public.orders VALUES (100, 999, 'taken')")
+    shop.fetch("s1", "UPDATE orders SET note = 'taken' WHERE tenant_id = 100 AND id = 3")
+    with mirror(shop) as running, pytest.raises(errors.UniqueViolation):
+        running.catch_up(rows_max=1)
+    assert journalled(shop) == 1
+
+
+def waits_for_a_transaction(engine: Engine) -> bool:
+    query = (
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()"
+        " AND wait_event_type = 'Lock' AND wait_event = 'transactionid')"
+    )
+    return engine.fetch("s2", query) == [(True,)]
 
 
 # --- in turn

@@ -7,11 +7,16 @@ product is replaced, it must report damage.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import psycopg
@@ -21,14 +26,17 @@ from psycopg.errors import LockNotAvailable, SerializationFailure, UniqueViolati
 
 from shardmove.coordinator import cutover, planner
 from shardmove.coordinator.run import run
-from shardmove.domain.errors import CutoverGaveUp, Failed, LeaseLost, ShardmoveError
+from shardmove.domain.errors import CutoverGaveUp, Failed, LeaseLost, ServerChanged, ShardmoveError
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Attempt, Direction, Outcome, State
-from shardmove.postgres import locks
+from shardmove.postgres import connect, locks
 from shardmove.postgres.connect import Connection
-from shardmove.protocol import catch_up, fence, objects, ownership, sequences
+from shardmove.postgres.embedded import Cluster, Server
+from shardmove.protocol import catch_up, drift, fence, objects, ownership, sequences
 from shardmove.protocol.catch_up import Mirror, Pass
+from shardmove.protocol.gate import gate
 from tests.support.engine import until
+from tests.support.servers import SERVERS, Databases
 from tests.support.twins import Mechanism, spawn
 from tests.support.twins_fence import (
     BOUND_S,
@@ -357,6 +365,16 @@ def test_ddl_stall(mechanism: Mechanism, make_world: MakeWorld) -> None:
         installing.exception(BOUND_S)
     world.run(move, State.READY)
     mechanism.judge(damage(world))
+
+
+def test_a_serializable_reader_is_in_nobodys_way(world: World) -> None:
+    """Its predicate locks are on the table for as long as it lasts, and keep nobody out."""
+    with Clerk(world, "s1") as reader:
+        reader.begin("SERIALIZABLE")
+        reader.execute("SELECT count(*) FROM tenants")
+        move = ready(world)
+        world.cut_over(move)
+    assert damage(world) == []
 
 
 def change_without_looking(connection: Connection, _name: object, change: Callable[[], None], **_: object) -> None:
@@ -723,4 +741,100 @@ def begin_with_the_fences_lock(mirror: Mirror) -> None:
     mirror.receiver.execute(
         "SELECT pg_catalog.pg_advisory_xact_lock(fence_key) FROM shardmove.fence WHERE move_id = %s", (mirror.move.id,)
     )
-    fence.check_receiving(mirror.receiver, mirror.move.id, mirror.move.giver(mirror.direction))
+    row = fence.check_receiving(mirror.receiver, mirror.move.id, mirror.move.giver(mirror.direction))
+    mirror.gate = gate(mirror.receiver, row, mirror.tables)
+
+
+# --- servers that lose their tail
+
+
+def test_async_commit_crash(mechanism: Mechanism, tmp_path: Path) -> None:
+    """The role commits without waiting for the disk. A closing of ours that a crash undoes would open the source."""
+    mechanism.replace(connect, "_PIN_DURABILITY", "SELECT 1")
+    with own_world(tmp_path, UNFLUSHED) as (world, cluster):
+        with world.connect("s1") as connection:
+            connection.execute("ALTER ROLE postgres SET synchronous_commit = off")
+        take_baseline(world)
+        move = ready(world)
+
+        def crash() -> None:
+            cluster["s1"].kill()
+            cluster["s1"].start()
+
+        with at("cutover.after_hold", lambda: hold_up_the_log(world)), at("cutover.after_flip", crash) as crashed:
+            world.cut_over(move)
+        assert crashed.is_set()
+        with Clerk(world, "s1") as clerk:
+            try_to_rename(clerk, 25, "after the crash")
+        mechanism.judge(damage(world))
+
+
+UNFLUSHED = {
+    "wal_writer_delay": "10s",
+    "wal_writer_flush_after": "1GB",
+    "bgwriter_lru_maxpages": "0",
+    "autovacuum": "off",
+}
+"""Nobody but who commits synchronously writes the log out."""
+
+
+def hold_up_the_log(world: World) -> None:
+    """Everything up to now is durable; from now on the log's own writer on s1 does nothing."""
+    with world.connect("s1") as connection:
+        connection.execute("CHECKPOINT")
+        row = connection.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'").fetchone()
+    assert row is not None
+    os.kill(row[0], signal.SIGSTOP)
+
+
+def test_a_server_that_lost_its_tail_takes_over_nothing(mechanism: Mechanism, tmp_path: Path) -> None:
+    """After the cutover the new owner fails over to a standby that is behind: it lacks what the old one still has."""
+    mechanism.replace(drift, "check_identity", lambda *_: None)
+    with own_world(tmp_path, {"fsync": "off"}) as (world, cluster):
+        move = ready(world)
+        standby = copy_of(cluster["s2"], tmp_path)
+        with Clerk(world, "s1") as clerk:
+            clerk.rename(25, "the standby never heard of it")
+        world.cut_over(move)
+        fail_over(cluster["s2"], standby)
+        with suppress(ServerChanged):
+            world.complete(move)
+        query = "SELECT count(*) FROM tenants WHERE name = 'the standby never heard of it'"
+        copies = sum(world.fetch(shard, query)[0][0] for shard in ("s1", "s2"))
+        mechanism.judge([] if copies else ["an acknowledged write is on no shard any more"])
+        if mechanism.on:
+            assert owners(world) == []  # until somebody has compared both sides
+            assert world.move(move).state is State.SWITCHED
+
+
+def copy_of(server: Server, directory: Path) -> Path:
+    """A standby's data directory, as old as this moment."""
+    copy = directory / "standby"
+    server.stop()
+    subprocess.run(["cp", "-a", server.data, copy], check=True)
+    server.start()
+    return copy
+
+
+def fail_over(server: Server, standby: Path) -> None:
+    """From now on the standby answers at the server's address, on a timeline of its own."""
+    server.stop("immediate")
+    shutil.rmtree(server.data)
+    subprocess.run(["cp", "-a", standby, server.data], check=True)
+    promoted = server.data / "standby.signal"
+    promoted.touch()
+    server.binaries.own(promoted)
+    server.start()
+    with psycopg.connect(server.dsn, autocommit=True) as connection:
+        assert connection.execute("SELECT pg_promote(true, 60)").fetchone() == (True,)
+
+
+@contextmanager
+def own_world(directory: Path, settings: Mapping[str, str]) -> Iterator[tuple[World, Cluster]]:
+    """A world on servers of its own, which may be crashed and swapped."""
+    with Cluster(SERVERS, settings=settings) as cluster:
+        world = World(Databases(cluster), directory, limits=PATIENT)
+        try:
+            yield world, cluster
+        finally:
+            world.catalog.close()

@@ -31,7 +31,16 @@ from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval, type_name
 from shardmove.protocol import fence
-from shardmove.protocol.catch_up import become_replica, compare, copy_in, digest_of, in_move, relay, select_rows
+from shardmove.protocol.catch_up import (
+    become_replica,
+    compare,
+    copy_in,
+    digest_of,
+    in_move,
+    make_durable,
+    relay,
+    select_rows,
+)
 from workers.connections import Connections
 from workers.tasks import snapshot
 
@@ -106,6 +115,7 @@ class CopyBatch:
         rows = rows_of(self.move, self.table, self.interval)
         with snapshot(source):
             sent = relay(source, rows, target, copy_in(self.table))
+        make_durable(source)
         points.reach("batch.before_compare")
         compare(sent, digest_of(target, rows), self.move, self.table)
         return sent

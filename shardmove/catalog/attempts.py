@@ -155,6 +155,15 @@ class Attempts(Moves):
         """All of a move's, in the order of their numbers."""
         return self._records(move_id, None, False)
 
+    def open_attempt_of(self, move_id: str, lease_number: int) -> Attempt | None:
+        """The attempt that this lease opened and nobody has decided, if there is one."""
+        rows = self._rows(
+            "SELECT number, direction FROM shardmove_catalog.attempt"
+            " WHERE move_id = %s AND lease_number = %s AND outcome = 'open'",
+            (move_id, lease_number),
+        )
+        return Attempt(move_id, rows[0][0], Direction(rows[0][1]), Outcome.OPEN) if rows else None
+
     def open_attempts(self) -> list[Attempt]:
         """Those of all moves that nobody has decided yet."""
         return [record.attempt for record in self._records(None, None, True)]

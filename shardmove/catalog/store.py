@@ -9,6 +9,8 @@ from shardmove.catalog import upgrade
 from shardmove.catalog.leases import Leases
 from shardmove.catalog.session import connect, translated
 from shardmove.domain.errors import Refused
+from shardmove.domain.moves import ServerIdentity
+from shardmove.postgres.identity import identity
 
 
 class Catalog(Leases):
@@ -34,6 +36,12 @@ class Catalog(Leases):
         with connect(dsn, application_name=application_name) as connection, translated(connection):
             upgrade.upgrade(connection)
         return cls.connect(dsn, application_name=application_name, routes_file=routes_file)
+
+    def identity(self) -> ServerIdentity:
+        """Which history of which server the catalog lives on."""
+        connection = self._connected()
+        with translated(connection):
+            return identity(connection)
 
     def uninstall(self) -> None:
         """Drops the schema and closes. Raises Refused, and drops nothing, while a move is unfinished."""

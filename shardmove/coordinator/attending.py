@@ -18,9 +18,9 @@ import psycopg
 from shardmove.catalog.store import Catalog
 from shardmove.config import Config
 from shardmove.domain.errors import MirrorRefused, ShardmoveError
-from shardmove.domain.moves import MIRRORED, Attempt, Move, Outcome
+from shardmove.domain.moves import MIRRORED, Move, Outcome
 from shardmove.postgres.connect import Connection, connect
-from shardmove.protocol import fence, objects, ownership
+from shardmove.protocol import fence, ownership
 from shardmove.protocol.catch_up import Mirror
 
 log = logging.getLogger("shardmove.attend")
@@ -30,6 +30,7 @@ PAUSE_BUSY_S = 0.002
 PAUSE_IDLE_S = 0.1
 PAUSE_TROUBLE_S = 1.0
 MARK_EVERY_S = 3.0
+END_PATIENCE_S = 5.0
 
 
 def attend(config: Config, open_catalog: Callable[[], Catalog], stop: threading.Event) -> None:
@@ -68,7 +69,7 @@ class Attendant(threading.Thread):
 
     def end(self) -> None:
         self._stop_asked.set()
-        self.join()
+        self.join(END_PATIENCE_S)  # one that hangs with its server must not keep the others waiting
 
     def run(self) -> None:
         while not self._stop_asked.is_set():
@@ -77,7 +78,9 @@ class Attendant(threading.Thread):
                     self._attend(catalog)
             except (ShardmoveError, psycopg.Error) as error:
                 log.warning("move %s: %s", self.move_id, error)
-                self._stop_asked.wait(PAUSE_TROUBLE_S)
+            except Exception:  # an attendant that ends for good would be missed by nobody
+                log.exception("move %s: unexpected trouble", self.move_id)
+            self._stop_asked.wait(PAUSE_TROUBLE_S)
         self._close()
 
     def _attend(self, catalog: Catalog) -> None:
@@ -114,9 +117,8 @@ class Attendant(threading.Thread):
             known.close()
             known = None
         if known is None and move.state in MIRRORED:
-            tables = objects.load_tables(self._connect(move.source), move.id)
             dsn = {shard: self.config.shard_dsn(shard) for shard in (move.source, move.target)}
-            return Mirror.open(move, move.flow, tables, dsn) if tables else None
+            return Mirror.open(move, move.flow, None, dsn)
         return known
 
     # --- attempts
@@ -130,10 +132,9 @@ class Attendant(threading.Thread):
             if not holder_is_dead(catalog, move, self.config.limits.lease_ttl_s):
                 return
             log.info("move %s: attempt %s was left open by a dead coordinator", move.id, attempt.number)
-            outcome = catalog.settle_attempt(move, attempt.number, "the coordinator died")
-            attempt = Attempt(move.id, attempt.number, attempt.direction, outcome)
-        if move.state in MIRRORED and not ownership.is_carried_out(attempt, move, self._connect):
-            ownership.carry_out(attempt, move, self._connect)
+        elif move.state not in MIRRORED or ownership.is_carried_out(attempt, move, self._connect):
+            return
+        ownership.settle(catalog, move, attempt.number, self._connect, reason="the coordinator died")
 
     def _connect(self, shard: str) -> Connection:
         known = self._connections.get(shard)

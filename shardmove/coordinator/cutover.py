@@ -19,9 +19,10 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import psycopg
 from psycopg import errors, sql
@@ -34,9 +35,11 @@ from shardmove.coordinator.steps import Step, StepRunner, perform, pretend
 from shardmove.domain import points
 from shardmove.domain.errors import (
     AttemptDecided,
+    BatchMismatch,
     CutoverGaveUp,
     Failed,
     LeaseLost,
+    MirrorRefused,
     SchemaDrift,
     ServerChanged,
     ShardmoveError,
@@ -51,9 +54,12 @@ from shardmove.protocol.catch_up import Mirror
 
 EDGES = {Direction.FORWARD: (State.READY, State.SWITCHED), Direction.BACK: (State.SWITCHED, State.READY)}
 LAG_PASSES_MAX = 10_000
-FINISH_TRIES = 5
+FINISH_PATIENCE_S = 60.0
 WATCHDOG_FACTOR = 2
 """An attempt that holds up writes for so many times max_stall is given up from outside."""
+
+
+T = TypeVar("T")
 
 
 class NotNow(Failed):
@@ -131,8 +137,7 @@ class _Crossing:
         self.known_routes: RouteTable | None = None
         self.guards: list[Connection] = []
         self.closing_began = 0.0
-        self.watchdog = threading.Timer(self.limits.max_stall_ms / 1000 * WATCHDOG_FACTOR, self._abandon_from_outside)
-        self.watchdog.daemon = True
+        self.over = threading.Event()
 
     def attempt(self) -> None:
         """Every step in order; whatever happens, the attempt is decided and carried out when this returns or raises."""
@@ -143,10 +148,10 @@ class _Crossing:
                 self.run([Step(f"keep DDL out on {self.giver} and {self.receiver}, and look at the schema once more",
                                lambda: stack.enter_context(self._guards()))])  # fmt: skip
                 self.run(self._crossing())
-        except (ShardmoveError, psycopg.Error) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # whatever it is: no fence is left closed
             self._settle(error)
         finally:
-            self.watchdog.cancel()
+            self.over.set()
 
     def _looking(self) -> list[Step]:
         return [
@@ -260,7 +265,7 @@ class _Crossing:
 
     def _close(self) -> None:
         self.closing_began = time.monotonic()
-        self.watchdog.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
             fence.close(
                 self.hold.connection(self.giver),
@@ -334,63 +339,93 @@ class _Crossing:
 
     # --- when something went wrong
 
-    def _abandon_from_outside(self) -> None:
+    def _watch(self) -> None:
         """The watchdog: when a server hangs and this process with it, gives the attempt up over new connections.
 
-        Any party may; whoever decides first decides. The hanging step finds out when it wakes.
+        Any party may; whoever decides first decides. The hanging step finds out when it wakes. Tries until it succeeds
+        or the attempt is over: until then writes wait.
         """
-        config, move, opened = self.hold.config, self.hold.move, ExitStack()
-        name = fence.application_name(move.id)
+        pause_s = self.limits.max_stall_ms / 1000 * WATCHDOG_FACTOR
+        while not self.over.wait(pause_s):
+            with ExitStack() as opened, suppress(ShardmoveError, psycopg.Error):
+                self._settle_over_new_connections(opened)
+                return
+            pause_s = 1.0
+
+    def _settle_over_new_connections(self, opened: ExitStack) -> None:
+        config, move = self.hold.config, self.hold.move
 
         def fresh(shard: str) -> Connection:
+            name = fence.application_name(move.id)
             return opened.enter_context(connect(config.shard_dsn(shard), application_name=name))
 
-        with opened, suppress(ShardmoveError, psycopg.Error):  # the hanging step, or an attendant, tries again
-            catalog = opened.enter_context(Catalog.connect(config.catalog_dsn, routes_file=config.routes_file))
-            reason = "the attempt hung: a server or the network does not answer"
-            ownership.settle_newest(catalog, catalog.move(move.id), fresh, reason=reason)
+        catalog = opened.enter_context(Catalog.connect(config.catalog_dsn, routes_file=config.routes_file))
+        reason = "the attempt hung: a server or the network does not answer"
+        ownership.settle(catalog, move, self._number, fresh, reason=reason)
 
-    def _settle(self, error: ShardmoveError | psycopg.Error) -> None:
+    def _settle(self, error: BaseException) -> None:
         """Decides the attempt if it is open, carries the decision out, and raises what the caller should know."""
-        known = self.attempt_ or self._attempt_in_doubt()
-        if known is not None:
-            decided = self._decide(known, error)
-            self._finish(decided)
-            if decided.outcome is Outcome.FLIPPED:
-                return
-        if isinstance(error, (SchemaDrift, ServerChanged, LeaseLost, NotNow)) or known is None:
+        known = self.attempt_ or self._attempt_in_doubt(error)
+        if known is None:
             raise _as_ours(error)
+        decided = self._finish(known, error)
+        if decided.outcome is Outcome.FLIPPED and isinstance(error, (ShardmoveError, psycopg.Error)):
+            return
         if isinstance(error, AttemptDecided):
             raise NotNow(f"somebody else decided attempt {known.number}") from error
+        if isinstance(error, _NO_USE_TO_TRY_AGAIN) or not isinstance(error, (ShardmoveError, psycopg.Error)):
+            raise _as_ours(error)
         # Everything else that hits an open attempt was rolled back cleanly: worth another try.
-        raise NotNow(f"attempt {known.number}: {_as_ours(error).message}") from error
+        raise NotNow(f"attempt {known.number}: {_as_ours(error).args[0]}") from error
 
-    def _attempt_in_doubt(self) -> Attempt | None:
-        """An attempt of ours whose opening was not acknowledged. Nobody else opens one under our lease."""
-        for attempt in self.hold.catalog.open_attempts():
-            if attempt.move_id == self.hold.move.id:
-                return attempt
-        return None
+    def _attempt_in_doubt(self, error: BaseException) -> Attempt | None:
+        """An attempt of ours whose opening was not acknowledged."""
+        if not isinstance(error, Unreachable):
+            return None
+        return _patiently(lambda: self.hold.catalog.open_attempt_of(self.hold.move.id, self.hold.lease.number))
 
-    def _decide(self, attempt: Attempt, error: BaseException) -> Attempt:
+    def _finish(self, attempt: Attempt, error: BaseException) -> Attempt:
+        """Writes wait until this is done, so it is tried for long."""
         reason = error.message if isinstance(error, ShardmoveError) else type(error).__name__
-        outcome = self.hold.catalog.settle_attempt(self.hold.move, attempt.number, reason)
-        return Attempt(attempt.move_id, attempt.number, attempt.direction, outcome)
 
-    def _finish(self, attempt: Attempt) -> None:
-        for last in range(FINISH_TRIES, -1, -1):
-            try:
-                ownership.carry_out(attempt, self.hold.move, self.hold.connection)
-                return
-            except (Unreachable, psycopg.OperationalError) as error:
-                if last == 0:
-                    owner = self.receiver if attempt.outcome is Outcome.FLIPPED else self.giver
-                    raise Failed(
-                        f"attempt {attempt.number} of move {attempt.move_id} is {attempt.outcome}, but {owner} does not"
-                        f" answer: its fence stays closed until it does ({_as_ours(error).message})",
-                        hint=f"when {owner} is back: the same command, or a running `shardmove serve`, opens it",
-                    ) from error
-                self.hold.stop.wait(0.2)
+        def decide() -> Attempt:
+            outcome = self.hold.catalog.settle_attempt(self.hold.move, attempt.number, reason)
+            return Attempt(attempt.move_id, attempt.number, attempt.direction, outcome)
+
+        try:
+            decided = _patiently(decide)
+            _patiently(lambda: ownership.carry_out(decided, self.hold.move, self.hold.connection))
+        except (Unreachable, psycopg.OperationalError) as trouble:
+            raise Failed(
+                f"attempt {attempt.number} of move {attempt.move_id} could not be finished: a server does not answer,"
+                f" and the fence stays closed until it does ({_as_ours(trouble).args[0]})",
+                hint="when it is back: the same command, or a running `shardmove serve`, opens the fence",
+            ) from error
+        return decided
+
+
+_NO_USE_TO_TRY_AGAIN = (
+    SchemaDrift,
+    ServerChanged,
+    LeaseLost,
+    NotNow,
+    BatchMismatch,
+    MirrorRefused,
+    errors.UniqueViolation,
+    errors.ExclusionViolation,
+)
+
+
+def _patiently(step: Callable[[], T]) -> T:
+    """Repeats a step while a server does not answer, for FINISH_PATIENCE_S. Not to be stopped: a fence is closed."""
+    deadline = time.monotonic() + FINISH_PATIENCE_S
+    while True:
+        try:
+            return step()
+        except (Unreachable, psycopg.OperationalError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def lock_tables(connection: Connection, tables: Sequence[Table], *, lock_timeout_ms: int) -> None:
@@ -405,7 +440,8 @@ def lock_tables(connection: Connection, tables: Sequence[Table], *, lock_timeout
         connection.execute(sql.SQL("LOCK TABLE {} IN ROW EXCLUSIVE MODE").format(table_sql(table)))
 
 
-def _as_ours(error: ShardmoveError | psycopg.Error) -> ShardmoveError:
-    if isinstance(error, ShardmoveError):
-        return error
-    return Failed(f"a server said: {explain(error)}")
+def _as_ours(error: BaseException) -> BaseException:
+    """What a server said becomes an error of ours; all else stays what it is."""
+    if isinstance(error, psycopg.Error):
+        return Failed(f"a server said: {explain(error)}")
+    return error

@@ -6,7 +6,7 @@ and mirroring into it has ended. `fence.retire` establishes that, and each erasi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,8 +17,10 @@ from shardmove.coordinator.hold import Hold
 from shardmove.coordinator.steps import Step, StepRunner, perform, pretend
 from shardmove.domain import points
 from shardmove.domain.errors import Refused
+from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Direction, Outcome, State
 from shardmove.domain.routes import Routes
+from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval
 from shardmove.protocol import fence, objects
@@ -53,7 +55,7 @@ def _completion(hold: Hold) -> list[Step]:
         Step(f"erase {ranges} on {source}", lambda: _erase_range(hold)),
         Step(
             f"keep refusing writes to {ranges} on {source}",
-            lambda: objects.keep_fence(hold.source, hold.move.keyspace, hold.move.ranges, hold.tables, hold.patience),
+            lambda: _keep(hold, hold.source, hold.move.ranges),
         ),
         Step(f"remove our objects from {source}", lambda: remove(hold, source)),
         Step(f"remove our objects from {target}", lambda: remove(hold, target)),
@@ -165,10 +167,15 @@ def _keep_if_owned(hold: Hold) -> None:
     parse = hold.move.keyspace.key_type.parse_range
     ranges = hold.move.ranges if flipped else tuple(parse(text) for text in row.kept_before)
     if ranges:
-        objects.keep_fence(hold.target, hold.move.keyspace, ranges, hold.tables, hold.patience)
+        _keep(hold, hold.target, ranges)
 
 
 # --- both
+
+
+def _keep(hold: Hold, connection: Connection, ranges: Sequence[KeyRange]) -> None:
+    if not objects.has_ended(connection, hold.move.id):
+        objects.keep_fence(connection, hold.move, ranges, hold.tables, hold.patience, lease_number=hold.lease.number)
 
 
 def _runner(hold: Hold, dry_run: bool) -> StepRunner:
@@ -207,7 +214,8 @@ def remove(hold: Hold, shard: str) -> None:
     """Takes the move's objects off a shard, if it has any."""
     connection = hold.connection(shard)
     if objects.has_schema(connection):
-        objects.remove_move(connection, hold.move.id, hold.patience)
+        fence.raise_number(connection, hold.move.id, hold.lease.number)  # a move that was never begun has none here
+        objects.remove_move(connection, hold.move.id, hold.patience, lease_number=hold.lease.number)
 
 
 def unmarked(hold: Hold, routes: Routes) -> Routes:

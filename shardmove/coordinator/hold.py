@@ -14,7 +14,7 @@ from shardmove.catalog.leases import Lease
 from shardmove.catalog.store import Catalog
 from shardmove.config import Config
 from shardmove.coordinator.progress import Progress
-from shardmove.domain.errors import EpochConflict, Interrupted, LeaseLost, Unreachable
+from shardmove.domain.errors import EpochConflict, Interrupted, LeaseLost, ServerChanged, Unreachable
 from shardmove.domain.moves import Direction, Move, State
 from shardmove.domain.routes import Routes
 from shardmove.postgres.connect import Connection, connect, translated
@@ -37,6 +37,8 @@ class Hold:
     Attributes:
         stop: set it from anywhere, and the step under way ends at its next safe place with Interrupted.
         heeds_pause: so it does when somebody pauses the move; off where the move was paused when the hold began.
+        unsettled: why the newest attempt could not be carried out at the takeover: a server has changed. Only `run` may
+            go on then: it compares both sides first.
         make_executor: who runs the workers' tasks; the process pool unless said otherwise.
     """
 
@@ -51,6 +53,7 @@ class Hold:
     _connections: dict[str, Connection] = field(default_factory=dict)
     _executor: Executor | None = None
     heeds_pause: bool = True
+    unsettled: ServerChanged | None = None
     _looked: float = 0.0
 
     @property
@@ -95,9 +98,9 @@ class Hold:
     def refresh(self) -> None:
         """Reads the move again, and the tables that were recorded when it began."""
         self.move = self.catalog.move(self.move.id)
-        for connection in (self.source, self.target):
-            if not self.tables and objects.has_schema(connection):
-                self.tables = objects.load_tables(connection, self.move.id)
+        for shard in (self.move.source, self.move.target):
+            if not self.tables and objects.has_schema(self.connection(shard)):
+                self.tables = objects.load_tables(self.connection(shard), self.move.id)
 
     def transition(self, after: State, *, routes: Callable[[Routes], Routes] | None = None, **detail: object) -> None:
         """Moves on to the next state; with `routes`, publishes the changed routes in the same transaction.
@@ -164,11 +167,16 @@ def hold(
     stop: threading.Event | None = None,
     progress: Progress | None = None,
     make_executor: Callable[[], Executor] | None = None,
+    accepts_changed_servers: bool = False,
 ) -> Iterator[Hold]:
     """Takes the move's lease, makes both shards refuse every earlier holder, and settles what that one left undecided.
 
+    Args:
+        accepts_changed_servers: go on also where a server is not the one that the move began with; see `unsettled`.
+
     Raises:
         LeaseHeld: another coordinator is alive and has it.
+        ServerChanged: the newest attempt cannot be carried out: a server is not the one that the move began with.
         Unreachable: a shard does not answer; an attempt that the catalog and the source could settle is settled.
         NotFound: no such move.
     """
@@ -185,6 +193,8 @@ def hold(
         )
         try:
             _take_over(held)
+            if held.unsettled is not None and not accepts_changed_servers:
+                raise held.unsettled
             yield held
         finally:
             held.close()
@@ -200,18 +210,33 @@ def _take_over(held: Hold) -> None:
             out_of_reach = error
     held.move = held.catalog.move(held.move.id)
     held.heeds_pause = not held.move.paused
-    with translated(f"move {held.move.id}"):
-        ownership.settle_newest(held.catalog, held.move, held.connection, reason="the coordinator ended in between")
+    settle_newest(held)
     if out_of_reach is not None:
         raise out_of_reach
     held.refresh()
+
+
+def settle_newest(held: Hold) -> None:
+    """Decides the newest attempt, if a former holder left it open, and carries it out."""
+    held.unsettled = None
+    if held.move.last_attempt == 0:
+        return
+    try:
+        with translated(f"move {held.move.id}"):
+            ownership.settle(
+                held.catalog, held.move, held.move.last_attempt, held.connection, reason="its coordinator ended"
+            )
+    except ServerChanged as error:
+        held.unsettled = error
 
 
 def raise_number(held: Hold, shard: str) -> None:
     """Makes one shard refuse every lower lease number."""
     try:
         connection = held.connection(shard)
-        if objects.has_schema(connection):
+        if held.move.state is not State.PENDING:
+            # Also where the former holder has made nothing yet: it may be about to.
+            objects.install_schema(connection, held.catalog.cluster_id())
             fence.raise_number(connection, held.move.id, held.lease.number)
     except psycopg.OperationalError as error:
         raise Unreachable(f"shard {shard} does not answer: {str(error).strip()}") from error

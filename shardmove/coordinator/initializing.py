@@ -7,10 +7,11 @@ from psycopg import sql
 from shardmove.coordinator.hold import Hold
 from shardmove.domain import points
 from shardmove.domain.errors import Refused
-from shardmove.domain.moves import State
+from shardmove.domain.moves import CATALOG, State
 from shardmove.domain.routes import Routes
+from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import describe_all, table_sql
-from shardmove.protocol import drift, objects, sequences
+from shardmove.protocol import drift, fence, objects, sequences
 from shardmove.protocol.catch_up import in_move
 
 
@@ -31,12 +32,13 @@ def initialize(hold: Hold) -> None:
     _record_identities(hold)
     for shard in (hold.move.source, hold.move.target):
         objects.install_schema(hold.connection(shard), hold.catalog.cluster_id())
+        fence.raise_number(hold.connection(shard), hold.move.id, hold.lease.number)
     described = objects.load_tables(hold.source, hold.move.id) or describe_all(hold.source, hold.move.keyspace.tables)
     for shard in (hold.move.target, hold.move.source):
         part = objects.Part(hold.move, described, is_source=shard == hold.move.source)
         connection = hold.connection(shard)
         objects.install_move(connection, part, lease_number=hold.lease.number)
-        objects.install_triggers(connection, part, hold.patience)
+        objects.install_triggers(connection, part, hold.patience, lease_number=hold.lease.number)
         drift.record_fingerprint(connection, hold.move.id, described, lease_number=hold.lease.number)
         hold.check()
     hold.tables = described
@@ -48,13 +50,14 @@ def initialize(hold: Hold) -> None:
 
 def _record_identities(hold: Hold) -> None:
     if not hold.move.identities:
-        identities = {shard: drift.identity(hold.connection(shard)) for shard in (hold.move.source, hold.move.target)}
+        identities = {shard: identity(hold.connection(shard)) for shard in (hold.move.source, hold.move.target)}
         if identities[hold.move.source] == identities[hold.move.target] and _same_database(hold):
             raise Refused(
                 f"{hold.move.source} and {hold.move.target} are the same database: a shard is named twice",
                 hint="mend [shards] in the configuration",
             )
-        hold.catalog.set_identities(hold.move.id, identities, hold.lease.number)
+        recorded = {**identities, CATALOG: hold.catalog.identity()}
+        hold.catalog.set_identities(hold.move.id, recorded, hold.lease.number)
         hold.refresh()
 
 

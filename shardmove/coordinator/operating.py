@@ -19,7 +19,7 @@ from shardmove.coordinator.cutover import Report, cut_over
 from shardmove.coordinator.hold import Hold, hold
 from shardmove.coordinator.progress import Progress
 from shardmove.coordinator.run import ours, recorded, run
-from shardmove.coordinator.verifying import Verdict, compare_in_full
+from shardmove.coordinator.verifying import Verdict, compare_in_full, disregard_servers
 from shardmove.domain.errors import (
     CutoverGaveUp,
     DifferencesFound,
@@ -62,7 +62,7 @@ class Operator:
     def run(self, moves: Sequence[Move], goal: State, *, on_error: OnError = OnError.PAUSE) -> None:
         """Brings each move to the goal. Raises what `run.run` raises; a rollback by `on_error` is told with it."""
         for move in moves:
-            with self._held(move, "run") as held:
+            with self._held(move, "run", accepts_changed_servers=True) as held:
                 try:
                     run(held, goal)
                 except ShardmoveError as error:
@@ -101,17 +101,25 @@ class Operator:
             require_comparable(move)
         verdicts = []
         for move in moves:
-            with self._held(move, "verify") as held, ours(f"move {move.id}"):
+            with self._held(move, "verify", accepts_changed_servers=repair) as held, ours(f"move {move.id}"):
                 require_comparable(held.move)
+                if repair:
+                    disregard_servers(held)
                 verdicts.append(compare_in_full(held, repair=repair))
         return verdicts
 
     @contextmanager
-    def _held(self, move: Move, verb: str) -> Iterator[Hold]:
+    def _held(self, move: Move, verb: str, *, accepts_changed_servers: bool = False) -> Iterator[Hold]:
         with (
             self.watch(move) as progress,
             hold(
-                self.config, self.catalog, move.id, holder=f"shardmove {verb}", stop=self.stop, progress=progress
+                self.config,
+                self.catalog,
+                move.id,
+                holder=f"shardmove {verb}",
+                stop=self.stop,
+                progress=progress,
+                accepts_changed_servers=accepts_changed_servers,
             ) as held,
         ):
             yield held
@@ -177,4 +185,4 @@ def checklist(config: Config, move: Move) -> list[preflight.Line]:
         connect(config.shard_dsn(move.target), application_name=name) as target,
         ours(f"move {move.id}"),
     ):
-        return preflight.checklist(preflight.Site(move, source, target))
+        return preflight.checklist(preflight.Site(move, source, target, config.limits.sequence_margin))

@@ -9,14 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psycopg
 from psycopg import sql
 
+from shardmove.config import Limits
 from shardmove.coordinator.hold import Hold
 from shardmove.domain.errors import Refused, ShardmoveError
+from shardmove.domain.keys import subtract
 from shardmove.domain.moves import Direction, Move, Standing, State
-from shardmove.postgres.connect import Connection
-from shardmove.postgres.introspect import Table, describe_all, foreign_keys, signature, table_sql
-from shardmove.protocol import drift, fence, objects
+from shardmove.postgres.connect import Connection, explain, is_unreachable
+from shardmove.postgres.introspect import (
+    Table,
+    describe_all,
+    foreign_key_columns,
+    foreign_keys,
+    signature,
+    table_sql,
+)
+from shardmove.protocol import drift, fence, objects, ownership, sequences
 from shardmove.protocol.catch_up import become_replica, in_move
 
 SERVER_VERSION_MIN = 140000
@@ -49,6 +59,7 @@ class Site:
     move: Move
     source: Connection
     target: Connection
+    sequence_margin: int = Limits().sequence_margin
 
     @property
     def sides(self) -> tuple[tuple[str, Connection], tuple[str, Connection]]:
@@ -68,6 +79,10 @@ def _guarded(check: Check, site: Site) -> Problem | None:
         return check(site)
     except ShardmoveError as error:
         return Problem(error.message, error.hint)
+    except psycopg.Error as error:
+        if is_unreachable(error):
+            raise
+        return Problem(f"it could not be checked: {explain(error)}")
 
 
 def require(site: Site) -> None:
@@ -161,8 +176,11 @@ def _create_right(site: Site) -> Problem | None:
 
 
 def _tables(site: Site) -> Problem | None:
-    for _, connection in site.sides:
-        describe_all(connection, site.move.keyspace.tables)
+    for shard, connection in site.sides:
+        try:
+            describe_all(connection, site.move.keyspace.tables)
+        except Refused as refusal:
+            return Problem(f"on {shard}: {refusal.message}", refusal.hint)
     return None
 
 
@@ -183,32 +201,64 @@ def schema_difference(site: Site) -> Problem | None:
 
 
 def _unique_constraints(site: Site) -> Problem | None:
-    """A unique constraint without the key column could collide with rows that live on the target already."""
+    """A unique constraint without the key column would bind rows of the move to rows that do not move."""
     for name, key_column in site.move.keyspace.tables.items():
-        rows = site.target.execute(
-            "SELECT i.indexrelid::regclass::text FROM pg_catalog.pg_index i"
-            " JOIN pg_catalog.pg_class c ON c.oid = i.indrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE n.nspname = %s AND c.relname = %s AND (i.indisunique OR i.indisexclusion) AND NOT EXISTS"
-            " (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attname = %s"
-            "  AND a.attnum = ANY (i.indkey::int2[]))",
-            (name.schema, name.name, key_column),
-        ).fetchall()
-        if rows and _has_rows(site.target, name.schema, name.name):
-            return Problem(
-                f"the unique index {rows[0][0]} does not contain the key column {key_column}, and the target's {name}"
-                " holds rows already: a moved row could collide with one of them",
-                f"make the constraint contain {key_column}",
-            )
+        for shard, connection in site.sides:
+            rows = connection.execute(_UNIQUE_WITHOUT_KEY, (name.schema, name.name, key_column)).fetchall()
+            if rows:
+                return Problem(
+                    f"the unique index {rows[0][0]} of {name} on {shard} does not contain the key column {key_column}:"
+                    " a moved row could collide with a row that does not move, now or after the cutover",
+                    f"make the constraint contain {key_column}",
+                )
     return None
 
 
-def _has_rows(connection: Connection, schema: str, name: str) -> bool:
-    query = sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))
-    return connection.execute(query).fetchone() == (True,)
+_UNIQUE_WITHOUT_KEY = """
+    SELECT i.indexrelid::regclass::text
+    FROM pg_catalog.pg_index i
+    JOIN pg_catalog.pg_class c ON c.oid = i.indrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %s AND c.relname = %s AND (i.indisunique OR i.indisexclusion) AND NOT EXISTS (
+        SELECT FROM pg_catalog.pg_attribute a
+        WHERE a.attrelid = c.oid AND a.attname = %s
+          AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
+"""
+
+
+def _key_types(site: Site) -> Problem | None:
+    wanted = site.move.keyspace.key_type
+    for shard, connection in site.sides:
+        for name, key_column in site.move.keyspace.tables.items():
+            row = connection.execute(
+                "SELECT pg_catalog.format_type(a.atttypid, NULL) FROM pg_catalog.pg_attribute a"
+                " JOIN pg_catalog.pg_class c ON c.oid = a.attrelid"
+                " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+                " WHERE n.nspname = %s AND c.relname = %s AND a.attname = %s AND NOT a.attisdropped",
+                (name.schema, name.name, key_column),
+            ).fetchone()
+            if row is not None and row[0] != wanted:
+                return Problem(
+                    f"the key column {name}.{key_column} on {shard} is {row[0]}, the keyspace's keys are {wanted}",
+                    f"[keyspaces.{site.move.keyspace.name}] key_type, or the column's type",
+                )
+    return None
+
+
+def _room_in_sequences(site: Site) -> Problem | None:
+    tables = describe_all(site.source, site.move.keyspace.tables)
+    for shard, connection in site.sides:
+        for place, counter in sequences.counters(connection, tables).items():
+            if counter.reach + 2 * site.sequence_margin > counter.limit:
+                return Problem(
+                    f"the sequence of {'.'.join(place)} on {shard} ends at {counter.limit}: there is no room for the"
+                    f" margin of {site.sequence_margin} that keeps two shards from handing out the same number",
+                    "[limits] sequence_margin, or a wider type of the column",
+                )
+    return None
 
 
 def _foreign_keys_inside(site: Site) -> Problem | None:
-    """Rows are applied without checking foreign keys, so both ends have to move together."""
+    """Rows are applied and erased without a check of foreign keys: both ends have to be of one key, and move together."""
     moving = site.move.keyspace.tables
     for child, parent in foreign_keys(site.source):
         if child in moving and parent not in moving and parent not in site.move.keyspace.reference_tables:
@@ -221,25 +271,44 @@ def _foreign_keys_inside(site: Site) -> Problem | None:
             f"a foreign key ties {child} to {parent}, and {outside} does not move",
             f"add {outside} to the keyspace's tables or reference_tables, or drop the constraint",
         )
+    return _foreign_keys_by_key(site)
+
+
+def _foreign_keys_by_key(site: Site) -> Problem | None:
+    for foreign_key in foreign_key_columns(site.source):
+        child_key = site.move.keyspace.tables.get(foreign_key.child)
+        parent_key = site.move.keyspace.tables.get(foreign_key.parent)
+        if child_key is None or parent_key is None:
+            continue
+        if (child_key, parent_key) not in zip(foreign_key.child_columns, foreign_key.parent_columns, strict=True):
+            return Problem(
+                f"the foreign key {foreign_key.name} of {foreign_key.child} does not tie {child_key} to"
+                f" {foreign_key.parent}.{parent_key}: a row that stays could reference one that moves",
+                f"make the constraint contain {child_key}",
+            )
     return None
 
 
 def _plain_triggers(site: Site) -> Problem | None:
-    """Triggers that fire even for a replica would run twice, once on either side."""
+    """Triggers that fire even for a replica would run once more for each row that is mirrored or erased."""
     for name in site.move.keyspace.tables:
-        rows = site.target.execute(
-            "SELECT t.tgname FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid"
-            " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s"
-            " AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') AND t.tgname NOT LIKE 'shardmove\\_%%'",
-            (name.schema, name.name),
-        ).fetchall()
-        if rows:
-            return Problem(
-                f"the trigger {rows[0][0]} of {name} on {site.move.target} fires for replicas too (ENABLE ALWAYS or"
-                " REPLICA): it would run once more for each mirrored row",
-                f"ALTER TABLE {name} ENABLE TRIGGER {rows[0][0]}",
-            )
+        for shard, connection in site.sides:
+            rows = connection.execute(_TRIGGERS_FOR_REPLICAS, (name.schema, name.name)).fetchall()
+            if rows:
+                return Problem(
+                    f"the trigger {rows[0][0]} of {name} on {shard} fires for replicas too (ENABLE ALWAYS or REPLICA):"
+                    " it would run once more for each row that is mirrored or erased",
+                    f"ALTER TABLE {name} ENABLE TRIGGER {rows[0][0]}",
+                )
     return None
+
+
+_TRIGGERS_FOR_REPLICAS = """
+    SELECT t.tgname FROM pg_catalog.pg_trigger t
+    JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %s AND c.relname = %s AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R')
+      AND NOT pg_catalog.starts_with(t.tgname, 'shardmove_')
+"""
 
 
 def _kinds(site: Site) -> Problem | None:
@@ -325,11 +394,13 @@ CHECKS: Sequence[tuple[str, Check]] = (
     ("our role owns the tables", _owner),
     ("our role may apply rows as a replica", _replica_right),
     ("every table has a key column and a key to cut batches by", _tables),
+    ("the key columns are of the keyspace's type", _key_types),
     ("every table is of a kind that we can move", _kinds),
     ("the schema is the same on both shards", _same_schema),
     ("unique constraints cannot collide on the target", _unique_constraints),
     ("foreign keys stay inside the keyspace", _foreign_keys_inside),
-    ("no trigger on the target fires for replicas", _plain_triggers),
+    ("no trigger fires for replicas", _plain_triggers),
+    ("sequences have room for the margin", _room_in_sequences),
     ("no subscription feeds the tables", _no_subscription),
     ("no prepared transaction is open on the source", _prepared),
     ("the target holds no row of the range", _target_empty),
@@ -356,6 +427,9 @@ def require_unpaused(move: Move) -> None:
         raise Refused(f"move {move.id} is paused", hint=f"`shardmove resume {move.id}`")
 
 
+_RUN = "`shardmove run {}` mends and compares what can be"
+
+
 def require_cutover(hold: Hold, direction: Direction) -> None:
     """All preconditions of a cutover (DESIGN §4.7, 1). Looks only.
 
@@ -377,10 +451,22 @@ def require_cutover(hold: Hold, direction: Direction) -> None:
     for name, connection in ((giver_name, giver), (receiver_name, receiver)):
         drift.check_identity(connection, name, move.identities)
         drift.check_fingerprint(connection, move.id, hold.tables, name)
+        for table in hold.tables:
+            if not objects.is_armed(connection, move.id, table):
+                raise Refused(
+                    f"move {move.id}: {table.name} on {name} has lost its triggers", hint=_RUN.format(move.id)
+                )
+    ownership.check_catalog(hold.catalog, move)
+    kept = subtract(move.ranges, subtract(move.ranges, objects.kept_ranges(receiver, move.keyspace)))
+    if kept:
+        raise Refused(
+            f"move {move.id}: {receiver_name} still refuses {', '.join(str(range_) for range_ in kept)} for good",
+            hint="`shardmove diagnose`",
+        )
     if hold.catalog.stats(move.id).get("drifted"):
         raise Refused(
             f"move {move.id}: the schema changed, and not everything was compared since",
-            hint=f"`shardmove run {move.id}` does",
+            hint=_RUN.format(move.id),
         )
     site = Site(move, hold.source, hold.target)
     problem = schema_difference(site)
@@ -409,9 +495,6 @@ def try_way_back(
 
     Raises Refused, and LockNotAvailable where DDL is under way. Changes nothing.
     """
-    for table in tables:
-        if not objects.is_armed(receiver, move.id, table):
-            raise Refused(f"move {move.id}: {table.name} on {receiver_name} has no triggers: there is no way back")
     with giver.transaction(force_rollback=True):
         giver.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
         become_replica(giver, move.id)

@@ -18,7 +18,7 @@ GOALS = (State.READY, State.SWITCHED, State.COMPLETED)
 
 
 def _begin(hold: Hold) -> None:
-    preflight.require(preflight.Site(hold.move, hold.source, hold.target))
+    preflight.require(preflight.Site(hold.move, hold.source, hold.target, hold.config.limits.sequence_margin))
     initializing.begin(hold)
 
 
@@ -56,6 +56,7 @@ def run(hold: Hold, goal: State) -> None:
     """
     preflight.require_unpaused(hold.move)
     with recorded(hold):
+        verifying.accept_servers(hold)
         while not _arrived(hold.move.state, goal):
             hold.check()
             STEPS[hold.move.state](hold)

@@ -30,7 +30,7 @@ def status(config: Config, catalog: Catalog, move: Move) -> dict[str, Any]:
     held = holder is not None and holder.is_connected
     with ExitStack() as stack:
         opened = _opener(config, move, stack)
-        copied = _copied(move, opened)
+        copied = _copied(move, stats, opened)
         backlog = _backlog(move, opened)
     rate = stats.get("rate_rows_s") if move.state is State.COPYING else None
     return {
@@ -97,7 +97,12 @@ def _opener(config: Config, move: Move, stack: ExitStack) -> Callable[[str], Con
     return opened
 
 
-def _copied(move: Move, opened: Callable[[str], Connection | None]) -> tuple[int | None, int | None, int | None]:
+def _copied(
+    move: Move, stats: dict[str, Any], opened: Callable[[str], Connection | None]
+) -> tuple[int | None, int | None, int | None]:
+    """Rows, bytes and batches: the target's own records, or, when they went with the move's end, what was counted."""
+    if move.state.is_final:
+        return stats.get("rows_copied"), stats.get("bytes_copied"), stats.get("batches_done")
     target = opened(move.target)
     if target is None:
         return None, None, None

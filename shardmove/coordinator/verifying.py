@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psycopg import sql
 
 from shardmove.coordinator.copying import mirror_beside
-from shardmove.coordinator.drifting import accept_drift
-from shardmove.coordinator.hold import Hold
+from shardmove.coordinator.drifting import accept_drift, is_drifted
+from shardmove.coordinator.hold import Hold, settle_newest
 from shardmove.domain import points
-from shardmove.domain.errors import DifferencesFound
-from shardmove.domain.moves import State
+from shardmove.domain.errors import DifferencesFound, ServerChanged
+from shardmove.domain.moves import CATALOG, Direction, Standing, State
+from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import Table
-from shardmove.protocol import drift, objects
+from shardmove.protocol import fence, objects
 from shardmove.verify.comparison import Sides, TableComparison, compare
-
-REPAIR_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +76,20 @@ def compare_in_full(hold: Hold, *, repair: bool = False) -> Verdict:
     With `repair`, keys that differ are marked dirty in the journal and carried anew, then everything is compared again:
     a repair is not a verification.
     """
-    repaired = 0
-    for round_ in range(REPAIR_ROUNDS + 1):
+    repaired, found_before = 0, None
+    while True:
         verdict = _once(hold, repaired)
-        if verdict.equal or not repair or round_ == REPAIR_ROUNDS:
+        found = sum(table.found for table in verdict.tables)
+        is_hopeless = found_before is not None and found >= found_before
+        if verdict.equal or not repair or is_hopeless:
             return verdict
+        found_before = found
         repaired += mark_dirty(hold, verdict.tables)
-    raise AssertionError("unreachable")
 
 
 def _once(hold: Hold, repaired: int) -> Verdict:
     started = time.monotonic()
-    direction = hold.move.flow
+    direction = flow_by_records(hold)
     sides = Sides(hold.move, direction, hold.tables, hold.dsn, lambda: hold.mirror(direction))
     for table in hold.tables:
         hold.progress.table(str(table.name)).rows_verified = 0
@@ -108,7 +109,7 @@ def _once(hold: Hold, repaired: int) -> Verdict:
 
 def mark_dirty(hold: Hold, tables: Sequence[TableComparison]) -> int:
     """Puts keys into the owner's journal as if their rows had been written: the mirror carries them as they are."""
-    owner = hold.connection(hold.move.giver(hold.move.flow))
+    owner = hold.connection(hold.move.giver(flow_by_records(hold)))
     marked = 0
     for ordinal, each in enumerate(tables, 1):
         if not each.keys:
@@ -125,11 +126,11 @@ def mark_dirty(hold: Hold, tables: Sequence[TableComparison]) -> int:
 
 
 def compare_anew_if_drifted(hold: Hold) -> None:
-    """In `ready` and `switched`: after DDL, everything is compared anew before a cutover in either direction."""
-    if hold.move.state is State.READY and any(
-        drift.is_drifted(hold.connection(shard), hold.move.id, hold.tables)
-        for shard in (hold.move.source, hold.move.target)
-    ):
+    """In `ready` and `switched`: after DDL, everything is compared anew before a cutover in either direction.
+
+    After a change of servers, too: first of all, before anything is opened.
+    """
+    if hold.move.state is State.READY and is_drifted(hold):
         hold.transition(State.VERIFYING)
         verify(hold)
     elif hold.move.state is State.SWITCHED:
@@ -137,3 +138,59 @@ def compare_anew_if_drifted(hold: Hold) -> None:
         if hold.catalog.stats(hold.move.id).get("drifted"):
             require_equal(hold, compare_in_full(hold, repair=True))
             hold.catalog.set_stats(hold.move.id, {"drifted": False}, hold.lease.number)
+
+
+def accept_servers(hold: Hold) -> None:
+    """Goes on with servers that are not those that the move began with, where nothing was lost on the way.
+
+    A failover or a restore may have undone commits on either side, or in the catalog. So the shards' own records are
+    asked, both sides are compared in full, and only where they are equal are the new servers recorded, and the
+    newest attempt carried out. While rows are being copied the comparison follows by itself before `ready`.
+
+    Does nothing where no server changed.
+
+    Raises:
+        DifferencesFound: rows differ; nothing was opened. The owner's rows win with `verify --repair`.
+        ServerChanged: the shards know of a cutover that the catalog has forgotten.
+    """
+    recorded = hold.move.identities
+    present = {shard: identity(hold.connection(shard)) for shard in (hold.move.source, hold.move.target)}
+    present[CATALOG] = hold.catalog.identity()
+    if not recorded or all(recorded.get(name) == now for name, now in present.items()):
+        return
+    _require_no_later_attempt(hold)
+    disregard_servers(hold)
+    if hold.move.state in (State.VERIFYING, State.READY, State.SWITCHED):
+        require_equal(hold, compare_in_full(hold))
+    hold.catalog.set_identities(hold.move.id, present, hold.lease.number)
+    hold.catalog.record("servers_changed", hold.move.id)
+    hold.refresh()
+    settle_newest(hold)
+    if hold.unsettled is not None:
+        raise hold.unsettled
+
+
+def disregard_servers(hold: Hold) -> None:
+    """For this hold alone: the servers that answer now are the move's. To compare and mend; nothing is opened by it."""
+    present = {shard: identity(hold.connection(shard)) for shard in (hold.move.source, hold.move.target)}
+    hold.move = replace(hold.move, identities=present)
+
+
+def flow_by_records(hold: Hold) -> Direction:
+    """The way that rows flow by the shards' own records: into the side that is a mirror.
+
+    It differs from what the state says only between a flip and its being carried out.
+    """
+    row = fence.read(hold.source, hold.move.id)
+    return Direction.BACK if row is not None and row.standing == Standing.MIRROR else Direction.FORWARD
+
+
+def _require_no_later_attempt(hold: Hold) -> None:
+    for shard in (hold.move.source, hold.move.target):
+        row = fence.read(hold.connection(shard), hold.move.id)
+        if row is not None and row.attempt > hold.move.last_attempt:
+            raise ServerChanged(
+                f"move {hold.move.id}: {shard} has seen attempt {row.attempt}, and the catalog knows only"
+                f" {hold.move.last_attempt}: the catalog has lost its last commits",
+                hint="nothing was opened; bring the catalog's last state back",
+            )

@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import psycopg
 from rich.console import Console
 
+from shardmove.catalog.store import Catalog
 from shardmove.demo import check, pages, shop
 from shardmove.demo.measure import Stall, Window, percentile
 from shardmove.demo.writers import Summary, WriterFleet
@@ -39,12 +39,12 @@ SPLIT_AT: Final = 201
 STAYING, MOVING = KeyRange(None, SPLIT_AT), KeyRange(SPLIT_AT, None)
 
 PROCESSES: Final = 4
-RATE_S: Final = 225.0
+RATE_S: Final = 165.0
 """Write transactions a second that each writer process begins."""
-FOCUS_SHARE: Final = 0.92
+FOCUS_SHARE: Final = 0.95
 WRITES_S_MIN: Final = 500.0
 """Acknowledged writes a second into the moving range that every step is to bear."""
-ROUNDS: Final = 3
+ROUNDS: Final = 2
 """How often the range is cut over; between two of them it is reverted."""
 REST_S: Final = 1.5
 """How long the mirror is watched alone before each cutover."""
@@ -152,6 +152,10 @@ class Stage:
         return {name: self.cluster[name].dsn for name in (SOURCE, TARGET)}
 
     @property
+    def catalog_dsn(self) -> str:
+        return self.cluster["catalog"].dsn
+
+    @property
     def config_file(self) -> Path:
         return self.directory / "cluster.toml"
 
@@ -165,7 +169,7 @@ class Stage:
         with psycopg.connect(self.shards[SOURCE], autocommit=True) as connection:
             loaded = shop.load(connection, TENANTS, rows=rows)
         pages.say(self.console, f"a shop of {loaded:,} rows, {len(TENANTS)} tenants, all of them on {SOURCE}")
-        self.config_file.write_text(pages.configuration(self.cluster["catalog"].dsn, self.shards), encoding="utf-8")
+        self.config_file.write_text(pages.configuration(self.catalog_dsn, self.shards), encoding="utf-8")
 
     # --- the play
 
@@ -174,7 +178,7 @@ class Stage:
         self.command("apply")
         fleet = WriterFleet(
             self.directory / "ledger",
-            self.cluster["catalog"].dsn,
+            self.catalog_dsn,
             self.shards,
             tenants=TENANTS,
             processes=PROCESSES,
@@ -200,8 +204,8 @@ class Stage:
     def split(self) -> str:
         """Plans the split and runs it until the target is copied, mirrored and verified."""
         self.command("plan", "split", shop.KEYSPACE, "--at", str(SPLIT_AT), "--to", TARGET)
-        (move,) = self.ask("status")["moves"]
-        move_id = str(move["id"])
+        with Catalog.connect(self.catalog_dsn) as catalog:
+            (move_id,) = (move.id for move in catalog.moves())
         self.command("preflight", move_id)
         began = time.monotonic()
         self.command("run", move_id)
@@ -213,11 +217,12 @@ class Stage:
         to_monotonic = time.monotonic() - time.time()
         names = {"copying": "initialize", "verifying": "copy", "ready": "verify"}
         since = began
-        for event in self.ask("events", move_id)["events"]:
-            if event["kind"] == "state_changed" and event["detail"]["after"] in names:
-                until = datetime.fromisoformat(event["at"]).timestamp() + to_monotonic
-                yield Step(names[event["detail"]["after"]], since, until)
-                since = until
+        with Catalog.connect(self.catalog_dsn) as catalog:
+            changes = [each for each in catalog.events(move_id) if each.detail.get("after") in names]
+        for each in changes:
+            until = each.at.timestamp() + to_monotonic
+            yield Step(names[each.detail["after"]], since, until)
+            since = until
 
     def swing(self, move_id: str) -> None:
         """Cuts over, reverts, and cuts over again; before each the mirror is watched alone for a while."""
@@ -230,9 +235,8 @@ class Stage:
 
     def verify(self, move_id: str) -> Sequence[Mapping[str, Any]]:
         """Rows of each table, read on both sides once more."""
-        pages.typed(self.console, ("verify", move_id, "--json"))
         began = time.monotonic()
-        verdict = self.ask("verify", move_id)
+        verdict = json.loads(self.type("verify", move_id, "--json"))
         self.steps.append(Step("verify once more", began, time.monotonic()))
         pages.printed(self.console, "equal" if verdict["equal"] else "the two sides differ")
         tables: Sequence[Mapping[str, Any]] = verdict["tables"]
@@ -260,18 +264,16 @@ class Stage:
 
     def command(self, *words: str) -> None:
         """Types a command, and shows what it prints. Raises Failed where it does not end with 0."""
+        pages.printed(self.console, self.type(*words))
+
+    def type(self, *words: str) -> str:
+        """The same, and returns what it would show."""
         pages.typed(self.console, words)
         done = self.run(words)
-        pages.printed(self.console, done.stdout)
         if done.returncode:
+            pages.printed(self.console, done.stdout)
             raise Failed(f"shardmove {' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
-
-    def ask(self, *words: str) -> Any:
-        """What a command knows, read without showing it."""
-        done = self.run((*words, "--json"))
-        if done.returncode:
-            raise Failed(f"shardmove {' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
-        return json.loads(done.stdout)
+        return done.stdout
 
     def run(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.line(words), capture_output=True, text=True, check=False)

@@ -124,6 +124,10 @@ class ServerIdentity:
     timeline: int
 
 
+CATALOG = "(catalog)"
+"""Under this name a move records the identity of the catalog's own server, beside those of its shards."""
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """A move as the catalog has it. A value: read it again to see later changes.
@@ -132,7 +136,7 @@ class Move:
         ranges: the key ranges that are carried, ascending.
         lease_number: the number of the newest lease taken on it; 0 before the first.
         last_attempt: the number of the newest cutover attempt in either direction; 0 before the first.
-        identities: system identifier and timeline of each shard, as recorded at initializing.
+        identities: system identifier and timeline of each shard, and of the catalog, as recorded at initializing.
     """
 
     id: str

@@ -18,6 +18,10 @@ from shardmove.domain.errors import ConfigurationError, SchemaDrift, Unreachable
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
 CONNECT_TIMEOUT_S = 10
+UNACKNOWLEDGED_MS = 20_000
+"""Data that the other side does not acknowledge for so long ends a connection: a black hole defeats keepalives."""
+SHOWN = ("service", "user", "host", "hostaddr", "port", "dbname")
+"""The parts of a connection string that messages may show."""
 
 PINNED = {
     "TimeZone": "UTC",
@@ -43,6 +47,10 @@ PINNED = {
     "default_transaction_read_only": "off",
     "default_transaction_deferrable": "off",
     "jit": "off",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "20s",
     "client_connection_check_interval": "1s",  # the session of a dead process lets go of its locks, also while it waits
 }
 """Where a server is too old to know a setting, it is left out."""
@@ -76,6 +84,7 @@ def connect(dsn: str, *, application_name: str) -> Connection:
             keepalives_idle=10,
             keepalives_interval=5,
             keepalives_count=3,
+            tcp_user_timeout=UNACKNOWLEDGED_MS,
             prepare_threshold=2,
         )
     except psycopg.ProgrammingError:
@@ -100,9 +109,7 @@ def safe_dsn(dsn: str) -> str:
         parts = conninfo.conninfo_to_dict(dsn)
     except psycopg.Error:
         return "(unreadable dsn)"
-    parts.pop("password", None)
-    parts.pop("sslpassword", None)
-    return conninfo.make_conninfo("", **parts)
+    return conninfo.make_conninfo("", **{name: parts[name] for name in SHOWN if name in parts})
 
 
 def _first_line(error: BaseException) -> str:
@@ -111,7 +118,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def explain(error: psycopg.Error) -> str:
-    """One line of what the server said: message and SQLSTATE; never the detail, which may carry row values."""
+    """One line of what the server said: message and SQLSTATE; never the detail, which may carry row values.
+
+    The messages of class 22 carry them themselves: of those the condition's name is all.
+    """
+    if error.sqlstate and error.sqlstate.startswith("22"):
+        return f"{type(error).__name__} ({error.sqlstate})"
     message = error.diag.message_primary or _first_line(error)
     return f"{message} ({error.sqlstate})" if error.sqlstate else message
 

@@ -212,19 +212,45 @@ def _binary_is_portable(column: _Column) -> bool:
     return bool(column.kind == "b" and column.builtin and not column.is_array and column.type_base not in _TEXT_ONLY)
 
 
-_FOREIGN_KEYS = """
-    SELECT child.nspname, c.relname, parent.nspname, p.relname
+@dataclass(frozen=True, slots=True)
+class ForeignKey:
+    """Columns of child and parent belong together by position."""
+
+    name: str
+    child: TableName
+    parent: TableName
+    child_columns: list[str]
+    parent_columns: list[str]
+
+
+_FOREIGN_KEY_COLUMNS = """
+    SELECT f.conname, cn.nspname, c.relname, pn.nspname, p.relname,
+           ARRAY(SELECT a.attname FROM unnest(f.conkey) WITH ORDINALITY AS k(attnum, place)
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = f.conrelid AND a.attnum = k.attnum ORDER BY k.place),
+           ARRAY(SELECT a.attname FROM unnest(f.confkey) WITH ORDINALITY AS k(attnum, place)
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = f.confrelid AND a.attnum = k.attnum ORDER BY k.place)
     FROM pg_catalog.pg_constraint f
-    JOIN pg_catalog.pg_class c ON c.oid = f.conrelid JOIN pg_catalog.pg_namespace child ON child.oid = c.relnamespace
-    JOIN pg_catalog.pg_class p ON p.oid = f.confrelid JOIN pg_catalog.pg_namespace parent ON parent.oid = p.relnamespace
+    JOIN pg_catalog.pg_class c ON c.oid = f.conrelid JOIN pg_catalog.pg_namespace cn ON cn.oid = c.relnamespace
+    JOIN pg_catalog.pg_class p ON p.oid = f.confrelid JOIN pg_catalog.pg_namespace pn ON pn.oid = p.relnamespace
     WHERE f.contype = 'f' AND f.conparentid = 0
+    ORDER BY 2, 3, 1
 """
+
+
+def foreign_key_columns(connection: Connection) -> list[ForeignKey]:
+    """Every foreign key of the database, with its columns."""
+    rows = connection.execute(_FOREIGN_KEY_COLUMNS).fetchall()
+    return [
+        ForeignKey(
+            name, TableName(child_schema, child), TableName(parent_schema, parent), child_columns, parent_columns
+        )
+        for name, child_schema, child, parent_schema, parent, child_columns, parent_columns in rows
+    ]
 
 
 def foreign_keys(connection: Connection) -> list[tuple[TableName, TableName]]:
     """Every foreign key of the database as (child, parent)."""
-    rows = connection.execute(_FOREIGN_KEYS).fetchall()
-    return [(TableName(row[0], row[1]), TableName(row[2], row[3])) for row in rows]
+    return [(each.child, each.parent) for each in foreign_key_columns(connection)]
 
 
 def parents_first(tables: Iterable[TableName], keys: Iterable[tuple[TableName, TableName]]) -> list[TableName]:

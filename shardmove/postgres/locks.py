@@ -33,7 +33,7 @@ _IN_THE_WAY = """
     WHERE l.relation = (SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n
                         ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s)
       AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
-      AND l.granted AND a.pid <> pg_catalog.pg_backend_pid()
+      AND l.granted AND l.mode <> 'SIReadLock' AND a.pid <> pg_catalog.pg_backend_pid()
       AND (%s OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
       AND a.xact_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %s)
     ORDER BY 4 DESC

@@ -35,9 +35,11 @@ from shardmove.postgres.sql import Position, in_ranges, names
 from shardmove.postgres.stream import copy_out
 from shardmove.protocol import drift, fence
 from shardmove.protocol.gate import gate
-from shardmove.protocol.objects import MARKER, XID, journal
+from shardmove.protocol.objects import MARKER, XID, journal, load_tables
 
 RETRIES = 20
+COLLISIONS_MAX = 5
+"""More than that, and it is not a batch that commits meanwhile: a row outside the move holds the value."""
 
 Rows: TypeAlias = psycopg.Cursor[tuple[Any, ...]]
 Keys: TypeAlias = Mapping[int, Sequence[Position]]
@@ -68,6 +70,8 @@ class Mirror:
     Attributes:
         scan_from: per table, entries of transactions before this one are known to be gone: dead entries behind a long
             report are not looked at again. 0 is a full look.
+        fingerprint_seen: the recorded one when the tables were read: where another is recorded since, somebody has
+            taken changed tables for the move's, and this mirror's are old.
         gate: per table, what may be carried now; read anew in each pass.
         is_guarded: the caller holds table locks on both sides and has checked schema and servers under them, so that a
             pass need not look again.
@@ -79,22 +83,25 @@ class Mirror:
     giver: Connection
     receiver: Connection
     giver_dsn: str
+    fingerprint_seen: str | None = None
     scan_from: dict[int, int] = field(default_factory=dict)
     gate: Mapping[int, sql.Composable] = field(default_factory=dict)
     is_guarded: bool = False
     flusher: Connection | None = None
 
     @classmethod
-    def open(cls, move: Move, direction: Direction, tables: Sequence[Table], dsn: Mapping[str, str]) -> Mirror:
-        """Connects to both shards. `dsn` maps shard names to connection strings."""
+    def open(cls, move: Move, direction: Direction, tables: Sequence[Table] | None, dsn: Mapping[str, str]) -> Mirror:
+        """Connects to both shards. `dsn` is by shard name; tables that are not given are loaded from the giver."""
         name = fence.application_name(move.id)
         giver = connect(dsn[move.giver(direction)], application_name=name)
         try:
+            seen = drift.recorded_fingerprint(giver, move.id)  # before the tables: what comes later is noticed
+            loaded = load_tables(giver, move.id) if tables is None else tables
             receiver = connect(dsn[move.receiver(direction)], application_name=name)
         except BaseException:
             giver.close()
             raise
-        return cls(move, direction, tables, giver, receiver, dsn[move.giver(direction)])
+        return cls(move, direction, loaded, giver, receiver, dsn[move.giver(direction)], seen)
 
     def close(self) -> None:
         for connection in (self.giver, self.receiver, self.flusher):
@@ -123,21 +130,26 @@ class Mirror:
             MirrorRefused: the receiver's record does not allow it (any more).
             SchemaDrift, ServerChanged: see there.
             BatchMismatch: what was read back is not what was sent.
-            Failed: another catch-up was in the way every time.
+            Failed: another catch-up, or a batch, was in the way every time.
+            psycopg.errors.UniqueViolation: a row that is not of the move holds the same value.
             psycopg.Error: anything else; as with all of these, nothing was changed and no entry was lost.
         """
         if full_look:
             self.scan_from.clear()
+        collisions = 0
         for _ in range(RETRIES):
             try:
                 return self._pass(rows_max, at_snapshot)
-            except errors.SerializationFailure:
-                continue  # directly behind another catch-up that had yet to commit on the giver
-            except errors.UniqueViolation:
-                if rows_max is None:
+            except (errors.SerializationFailure, errors.DeadlockDetected):
+                continue  # directly behind another catch-up that had yet to commit on the giver, or across a batch
+            except (errors.UniqueViolation, errors.ExclusionViolation):
+                # A unique value passed between keys of which only some were taken; or a batch that was under way has
+                # just committed its old holder, whom the next look at the gate lets through.
+                collisions += 1
+                if collisions > COLLISIONS_MAX:
                     raise
-                rows_max = None  # a unique value passed between keys of which only some were taken
-        raise Failed(f"move {self.move.id}: {RETRIES} catch-ups in a row met another one on the same entries")
+                rows_max = None
+        raise Failed(f"move {self.move.id}: {RETRIES} catch-ups in a row met another one, or a batch, on the same rows")
 
     def until_empty(self, *, passes_max: int = 100) -> Pass:
         """Catches up until a full look finds nothing more. With the giver's fence closed one pass is enough.
@@ -266,7 +278,7 @@ def begin_giver(mirror: Mirror) -> None:
     mirror.giver.execute(giver_begin())
     if not mirror.is_guarded:
         drift.check_identity(mirror.giver, giver_name, mirror.move.identities)
-        drift.check_fingerprint(mirror.giver, mirror.move.id, mirror.tables, giver_name)
+        drift.check_fingerprint(mirror.giver, mirror.move.id, mirror.tables, giver_name, seen=mirror.fingerprint_seen)
     points.reach("catch_up.after_giver_snapshot")
 
 
@@ -394,5 +406,12 @@ def flush_log(mirror: Mirror) -> None:
         return
     if mirror.flusher is None or mirror.flusher.closed:
         mirror.flusher = connect(mirror.giver_dsn, application_name=fence.application_name(mirror.move.id))
-    # A transaction that wrote to the log and commits synchronously takes all that is before it along.
-    mirror.flusher.execute("SELECT pg_catalog.pg_logical_emit_message(true, 'shardmove', '')")
+    make_durable(mirror.flusher)
+
+
+def make_durable(giver: Connection) -> None:
+    """Everything that was visible to this session is durable on the server when it returns. Outside a transaction.
+
+    A transaction that wrote to the log and commits synchronously takes all that is before it along.
+    """
+    giver.execute("SELECT pg_catalog.pg_logical_emit_message(true, 'shardmove', '')")

@@ -14,6 +14,7 @@ from psycopg import sql
 from shardmove.domain.errors import SchemaDrift, ServerChanged
 from shardmove.domain.moves import ServerIdentity
 from shardmove.postgres.connect import Connection
+from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import Table, table_sql
 from shardmove.protocol.objects import trigger_prefix
 
@@ -43,12 +44,6 @@ _FINGERPRINT = """
     SELECT pg_catalog.md5(pg_catalog.string_agg(fact, ' ' ORDER BY fact COLLATE "C")) FROM facts
 """
 
-_IDENTITY = """
-    SELECT c.system_identifier::text, ('x' || pg_catalog.substr(w.name, 1, 8))::bit(32)::int
-    FROM pg_catalog.pg_control_system() AS c,
-         pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()) AS w(name)
-"""
-
 
 def fingerprint(connection: Connection, move_id: str, tables: Sequence[Table]) -> str:
     """A hash over everything that could change rows without a journal entry."""
@@ -68,27 +63,32 @@ def record_fingerprint(connection: Connection, move_id: str, tables: Sequence[Ta
     )
 
 
+def recorded_fingerprint(connection: Connection, move_id: str) -> str | None:
+    """The fingerprint that was recorded last on this shard; None where the move has no objects here."""
+    row = connection.execute("SELECT fingerprint FROM shardmove.fence WHERE move_id = %s", (move_id,)).fetchone()
+    return None if row is None else row[0]
+
+
 def is_drifted(connection: Connection, move_id: str, tables: Sequence[Table]) -> bool:
     """A moving table was changed since the fingerprint was recorded."""
-    row = connection.execute("SELECT fingerprint FROM shardmove.fence WHERE move_id = %s", (move_id,)).fetchone()
-    return row is None or row[0] != fingerprint(connection, move_id, tables)
+    return recorded_fingerprint(connection, move_id) != fingerprint(connection, move_id, tables)
 
 
-def check_fingerprint(connection: Connection, move_id: str, tables: Sequence[Table], shard: str) -> None:
-    """Raises SchemaDrift where a moving table was changed since the fingerprint was recorded."""
-    if is_drifted(connection, move_id, tables):
+def check_fingerprint(
+    connection: Connection, move_id: str, tables: Sequence[Table], shard: str, *, seen: str | None = None
+) -> None:
+    """Raises SchemaDrift where a moving table was changed since the fingerprint was recorded.
+
+    Args:
+        seen: the fingerprint that the caller's tables go with; another one recorded since is a change, too.
+    """
+    recorded = recorded_fingerprint(connection, move_id)
+    if recorded != fingerprint(connection, move_id, tables) or (seen is not None and recorded != seen):
         raise SchemaDrift(
             f"move {move_id}: a moving table on {shard} was changed by DDL (or its triggers were touched) since the"
             " move looked last; no journal tells what that did to its rows",
             hint=f"`shardmove run {move_id}` compares everything anew; `shardmove rollback {move_id}` gives up",
         )
-
-
-def identity(connection: Connection) -> ServerIdentity:
-    """Which history of which server this is."""
-    row = connection.execute(_IDENTITY).fetchone()
-    assert row is not None
-    return ServerIdentity(row[0], row[1])
 
 
 def check_identity(connection: Connection, shard: str, recorded: Mapping[str, ServerIdentity]) -> None:
@@ -98,5 +98,6 @@ def check_identity(connection: Connection, shard: str, recorded: Mapping[str, Se
         raise ServerChanged(
             f"shard {shard} is another server than the move began with (was {then.system_identifier} timeline"
             f" {then.timeline}, is {now.system_identifier} timeline {now.timeline}): it may lack the last commits",
-            hint="nothing opens or is erased by itself now; compare both shards, then `shardmove diagnose`",
+            hint="nothing opens or is erased by itself now; `shardmove run ID` compares both sides in full, and goes on"
+            " where they are equal",
         )

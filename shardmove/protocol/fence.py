@@ -19,8 +19,9 @@ Orderings that other code relies on:
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import LiteralString
+from typing import LiteralString, TypeVar
 
 from psycopg import errors, sql
 from psycopg.rows import class_row
@@ -30,6 +31,8 @@ from shardmove.domain.errors import AttemptDecided, Failed, LeaseLost, MirrorRef
 from shardmove.domain.moves import Standing
 from shardmove.postgres.connect import Connection
 from shardmove.protocol.objects import CLOSED, OPEN, set_state, state_sequence
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +102,22 @@ def raise_number(connection: Connection, move_id: str, lease_number: int, *, pat
         LeaseLost: the shard has seen a higher number already.
         Failed: somebody sits on the row and cannot be ended.
     """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            with connection.transaction():
-                connection.execute("SELECT pg_catalog.set_config('lock_timeout', '500ms', true)")
-                connection.execute(
-                    "UPDATE shardmove.fence SET lease_number = %s, mirror_role = session_user"
-                    " WHERE move_id = %s AND lease_number < %s",
-                    (lease_number, move_id, lease_number),
-                )
-                row = read(connection, move_id)
-            break
-        except errors.LockNotAvailable:
-            _end_holders(connection, move_id)
-            if time.monotonic() > deadline:
-                raise Failed(
-                    f"move {move_id}: a former coordinator's session holds the fence row and cannot be ended",
-                    hint="end the sessions of application_name 'shardmove …' on the shard, then run it again",
-                ) from None
-    if row is not None and row.lease_number > lease_number:
+
+    def raise_it() -> tuple[object, ...] | None:
+        connection.execute(
+            "INSERT INTO shardmove.lease AS known (move_id, number) VALUES (%s, %s) ON CONFLICT (move_id)"
+            " DO UPDATE SET number = excluded.number WHERE known.number < excluded.number",
+            (move_id, lease_number),
+        )
+        connection.execute(
+            "UPDATE shardmove.fence SET lease_number = %s, mirror_role = session_user"
+            " WHERE move_id = %s AND lease_number < %s",
+            (lease_number, move_id, lease_number),
+        )
+        return connection.execute("SELECT number FROM shardmove.lease WHERE move_id = %s", (move_id,)).fetchone()
+
+    newest = _past_holders(connection, move_id, raise_it, patience_s=patience_s)
+    if newest != (lease_number,):
         raise LeaseLost(f"move {move_id}: another coordinator has taken over (lease {lease_number} is not current)")
 
 
@@ -128,7 +127,7 @@ def _end_holders(connection: Connection, move_id: str) -> None:
         "SELECT pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a"
         " WHERE a.application_name = %s AND a.pid <> pg_catalog.pg_backend_pid() AND EXISTS"
         " (SELECT FROM pg_catalog.pg_locks l WHERE l.pid = a.pid AND l.granted"
-        "  AND l.relation = 'shardmove.fence'::regclass)",
+        "  AND l.relation IN ('shardmove.fence'::regclass, 'shardmove.lease'::regclass))",
         (application_name(move_id),),
     )
 
@@ -182,6 +181,11 @@ def close(connection: Connection, move_id: str, *, attempt: int, lease_number: i
     try:
         with connection.transaction():
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
+            # Writers wait for this transaction: where this process freezes in it, the server ends it.
+            connection.execute(
+                "SELECT pg_catalog.set_config('idle_in_transaction_session_timeout', %s, true)",
+                (f"{lock_timeout_ms}ms",),
+            )
             lock_exclusively(connection, move_id)
             points.reach("close.after_lock")
             closed = connection.execute(
@@ -222,7 +226,8 @@ def open_(connection: Connection, move_id: str, *, attempt: int) -> bool:
     To be called only when the catalog says so: flipped, on the receiver; abandoned, on the giver. Any party may.
     Does nothing, and returns False, where a later attempt has closed or opened it since.
     """
-    with connection.transaction():
+
+    def open_it() -> bool:
         opened = connection.execute(
             "UPDATE shardmove.fence SET attempt = %s, is_open = true, is_whole = true, standing = 'owner'"
             " WHERE move_id = %s AND {condition}".replace("{condition}", opening_condition()),
@@ -231,10 +236,33 @@ def open_(connection: Connection, move_id: str, *, attempt: int) -> bool:
         if opened:
             points.reach("open.before_state")
             set_state(connection, move_id, OPEN)
-            connection.execute("SELECT pg_catalog.pg_notify('shardmove_fence', %s)", (move_id,))
             points.reach("open.before_commit")
+        return bool(opened)
+
+    opened = _past_holders(connection, move_id, open_it)
     points.reach("open.after_commit")
-    return bool(opened)
+    return opened
+
+
+def _past_holders(connection: Connection, move_id: str, change: Callable[[], T], *, patience_s: float = 10.0) -> T:
+    """Runs a change of the row in a transaction; ends sessions of ours that sit on it.
+
+    Raises:
+        Failed: somebody sits on the row and cannot be ended. Nothing was changed.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with connection.transaction():
+                connection.execute("SELECT pg_catalog.set_config('lock_timeout', '500ms', true)")
+                return change()
+        except errors.LockNotAvailable:
+            _end_holders(connection, move_id)
+            if time.monotonic() > deadline:
+                raise Failed(
+                    f"move {move_id}: a former coordinator's session holds the fence row and cannot be ended",
+                    hint=f"end the shard's sessions of application_name '{application_name(move_id)}', run it again",
+                ) from None
 
 
 def opening_condition() -> LiteralString:
@@ -247,13 +275,19 @@ def give_away(connection: Connection, move_id: str, *, attempt: int) -> bool:
 
     Does nothing, and returns False, where a later attempt was seen here. Any party may, after the flip.
     """
-    given = connection.execute(
-        "UPDATE shardmove.fence SET standing = 'mirror', is_whole = true"
-        " WHERE move_id = %s AND attempt = %s AND NOT is_open AND standing = 'owner'",
-        (move_id, attempt),
-    ).rowcount
+
+    def give() -> bool:
+        return bool(
+            connection.execute(
+                "UPDATE shardmove.fence SET standing = 'mirror', is_whole = true"
+                " WHERE move_id = %s AND attempt = %s AND NOT is_open AND standing = 'owner'",
+                (move_id, attempt),
+            ).rowcount
+        )
+
+    given = _past_holders(connection, move_id, give)
     points.reach("give_away.after_commit")
-    return bool(given)
+    return given
 
 
 def retire(connection: Connection, move_id: str, *, lease_number: int) -> None:

@@ -24,7 +24,7 @@ from typing import LiteralString
 from psycopg import sql
 
 from shardmove.domain import points
-from shardmove.domain.errors import Refused
+from shardmove.domain.errors import LeaseLost, Refused
 from shardmove.domain.keys import KeyRange, KeyType, merged, subtract
 from shardmove.domain.moves import Keyspace, Move, Standing, TableName
 from shardmove.postgres import locks
@@ -98,6 +98,30 @@ def has_schema(connection: Connection) -> bool:
     return connection.execute("SELECT pg_catalog.to_regclass('shardmove.about') IS NOT NULL").fetchone() == (True,)
 
 
+# --- whose objects they are (I8)
+
+
+def hold_lease(connection: Connection, move_id: str, lease_number: int) -> None:
+    """In the transaction of every change of objects: our number is the newest here, and the move has not ended here.
+
+    The row is locked until the transaction ends: a takeover waits for it, or ends the session.
+
+    Raises:
+        LeaseLost: neither is changed, nor anything else by this transaction.
+    """
+    row = connection.execute(
+        "SELECT number FROM shardmove.lease WHERE move_id = %s AND NOT has_ended FOR SHARE", (move_id,)
+    ).fetchone()
+    if row != (lease_number,):
+        raise LeaseLost(f"move {move_id}: another coordinator has taken over, or the move has ended on this shard")
+
+
+def has_ended(connection: Connection, move_id: str) -> bool:
+    """The move's objects were taken off this shard, for good."""
+    row = connection.execute("SELECT has_ended FROM shardmove.lease WHERE move_id = %s", (move_id,)).fetchone()
+    return row == (True,)
+
+
 # --- the objects of one move
 
 
@@ -121,11 +145,12 @@ class Part:
 def install_move(connection: Connection, part: Part, *, lease_number: int) -> None:
     """Makes the fence row, the state sequence, the journals and the functions of a move on one shard.
 
-    One transaction; where the fence row is there already it changes nothing but the lease's number, so that a repeat
-    never opens or closes anything.
+    One transaction; where the fence row is there already it changes nothing, so that a repeat never opens or closes
+    anything. Raises LeaseLost.
     """
     move_id = part.move.id
     with connection.transaction():
+        hold_lease(connection, move_id, lease_number)
         made = connection.execute(
             "INSERT INTO shardmove.fence (move_id, keyspace, peer, standing, is_open, is_whole, lease_number,"
             " fence_key, mirror_key, kept_before) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
@@ -180,6 +205,15 @@ def _record_table(connection: Connection, move_id: str, ordinal: int, table: Tab
             table.binary,
         ),
     )
+
+
+def update_tables(connection: Connection, move_id: str, tables: Sequence[Table]) -> None:
+    """Records other columns for the tables of a move; their keysets are what they were. In the caller's transaction."""
+    for ordinal, table in enumerate(tables, 1):
+        connection.execute(
+            "UPDATE shardmove.moving_table SET columns = %s, is_binary = %s WHERE move_id = %s AND ordinal = %s",
+            (list(table.columns), table.binary, move_id, ordinal),
+        )
 
 
 def load_tables(connection: Connection, move_id: str) -> tuple[Table, ...]:
@@ -317,7 +351,7 @@ def when(event: str, key_column: str, ranges: Iterable[KeyRange], key_type: KeyT
 # --- triggers on the tables
 
 
-def install_triggers(connection: Connection, part: Part, patience: locks.Patience) -> None:
+def install_triggers(connection: Connection, part: Part, patience: locks.Patience, *, lease_number: int) -> None:
     """Arms every table of the move, one transaction a table. Safe to repeat: an armed table is left alone.
 
     From the commit on, each write to the range passes the fence and is journalled: CREATE TRIGGER's lock has waited for
@@ -326,25 +360,31 @@ def install_triggers(connection: Connection, part: Part, patience: locks.Patienc
 
     Raises:
         Failed: a table could not be locked; those before it stay armed, which harms nothing.
+        LeaseLost: as above.
     """
     with _changing_kept(connection, part.move.keyspace):
-        _arm(connection, part, patience)
+        _arm(connection, part, patience, lease_number)
 
 
-def _arm(connection: Connection, part: Part, patience: locks.Patience) -> None:
-    remainder = subtract(kept_ranges(connection, part.move.keyspace), part.move.ranges)
+def _arm(connection: Connection, part: Part, patience: locks.Patience, lease_number: int) -> None:
+    move = part.move
+    remainder = subtract(kept_ranges(connection, move.keyspace), move.ranges)
     for ordinal, table in enumerate(part.tables, 1):
-        if is_armed(connection, part.move.id, table):
+        kept_is_there = bool(_kept_triggers(connection, table))
+        # Kept triggers are set anew also on an armed table: another move's ending may have widened them again since.
+        if is_armed(connection, move.id, table) and not kept_is_there:
             continue
 
-        def arm(ordinal: int = ordinal, table: Table = table) -> None:
-            create_triggers(connection, part.move, ordinal, table)
-            if _kept_triggers(connection, table):
-                _set_kept_triggers(connection, table, remainder, part.move.keyspace.key_type)
+        def arm(ordinal: int = ordinal, table: Table = table, kept_is_there: bool = kept_is_there) -> None:
+            hold_lease(connection, move.id, lease_number)
+            if not is_armed(connection, move.id, table):
+                create_triggers(connection, move, ordinal, table)
+            if kept_is_there:
+                _set_kept_triggers(connection, table, remainder, move.keyspace.key_type)
 
         locks.change_table(connection, table.name, arm, patience=patience)
         points.reach("install.after_triggers")
-    _record_kept(connection, part.move.keyspace, remainder)
+    _record_kept(connection, move.keyspace, remainder, move.id, lease_number)
 
 
 def create_triggers(connection: Connection, move: Move, ordinal: int, table: Table) -> None:
@@ -384,15 +424,22 @@ def is_armed(connection: Connection, move_id: str, table: Table) -> bool:
     return row == (4,)
 
 
-def remove_move(connection: Connection, move_id: str, patience: locks.Patience) -> None:
+def remove_move(connection: Connection, move_id: str, patience: locks.Patience, *, lease_number: int) -> None:
     """Takes every object of a move off one shard: triggers off first, then all else. Safe to repeat.
+
+    What stays is the row that says that the move has ended here.
 
     Raises:
         Failed: a table could not be locked; run it again.
+        LeaseLost: another coordinator has taken over.
     """
-    for ordinal, table in enumerate(load_tables(connection, move_id), 1):
-        _remove_triggers(connection, move_id, ordinal, table, patience)
+    if has_ended(connection, move_id):
+        return
+    for table in load_tables(connection, move_id):
+        _remove_triggers(connection, move_id, table, patience, lease_number)
     with connection.transaction():
+        hold_lease(connection, move_id, lease_number)
+        connection.execute("UPDATE shardmove.lease SET has_ended = true WHERE move_id = %s", (move_id,))
         for ordinal, _ in enumerate(load_tables(connection, move_id), 1):
             connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}()").format(capture_function(move_id, ordinal)))
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(journal(move_id, ordinal)))
@@ -407,7 +454,7 @@ def remove_move(connection: Connection, move_id: str, patience: locks.Patience) 
 
 
 def _remove_triggers(
-    connection: Connection, move_id: str, ordinal: int, table: Table, patience: locks.Patience
+    connection: Connection, move_id: str, table: Table, patience: locks.Patience, lease_number: int
 ) -> None:
     present = _trigger_names(connection, table, trigger_prefix(move_id))
     if not present:
@@ -415,12 +462,14 @@ def _remove_triggers(
 
     # DISABLE is not blocked by readers, DROP is: disarm at once, drop when nobody reads.
     def disarm() -> None:
+        hold_lease(connection, move_id, lease_number)
         for name in present:
             connection.execute(
                 sql.SQL("ALTER TABLE {} DISABLE TRIGGER {}").format(table_sql(table), sql.Identifier(name))
             )
 
     def drop() -> None:
+        hold_lease(connection, move_id, lease_number)
         for name in present:
             connection.execute(
                 sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(name), table_sql(table))
@@ -458,25 +507,32 @@ def kept_ranges(connection: Connection, keyspace: Keyspace) -> tuple[KeyRange, .
 
 def keep_fence(
     connection: Connection,
-    keyspace: Keyspace,
+    move: Move,
     given: Sequence[KeyRange],
     tables: Sequence[Table],
     patience: locks.Patience,
+    *,
+    lease_number: int,
 ) -> None:
     """Refuses writes to the given ranges on this shard from now on, without any move's own objects (I4).
 
     The move's closed fence is still there while this is put in place: there is no gap. Safe to repeat.
+
+    Raises:
+        Failed: a table could not be locked; run it again.
+        LeaseLost: another coordinator has taken over: the range may have come back since.
     """
-    with _changing_kept(connection, keyspace):
-        ranges = merged([*kept_ranges(connection, keyspace), *given])
+    with _changing_kept(connection, move.keyspace):
+        ranges = merged([*kept_ranges(connection, move.keyspace), *given])
         points.reach("keep.before_fence")
         for table in tables:
 
             def keep(table: Table = table) -> None:
-                _set_kept_triggers(connection, table, ranges, keyspace.key_type)
+                hold_lease(connection, move.id, lease_number)
+                _set_kept_triggers(connection, table, ranges, move.keyspace.key_type)
 
             locks.change_table(connection, table.name, keep, patience=patience)
-        _record_kept(connection, keyspace, ranges)
+        _record_kept(connection, move.keyspace, ranges, move.id, lease_number)
     points.reach("keep.after_fence")
 
 
@@ -492,8 +548,11 @@ def _changing_kept(connection: Connection, keyspace: Keyspace) -> Iterator[None]
             connection.execute("SELECT pg_catalog.pg_advisory_unlock(pg_catalog.hashtextextended(%s, 0))", (key,))
 
 
-def _record_kept(connection: Connection, keyspace: Keyspace, ranges: Iterable[KeyRange]) -> None:
+def _record_kept(
+    connection: Connection, keyspace: Keyspace, ranges: Iterable[KeyRange], move_id: str, lease_number: int
+) -> None:
     with connection.transaction():
+        hold_lease(connection, move_id, lease_number)
         connection.execute("DELETE FROM shardmove.kept WHERE keyspace = %s", (keyspace.name,))
         for range_ in ranges:
             connection.execute(

@@ -9,6 +9,14 @@ CREATE TABLE IF NOT EXISTS shardmove.about (
     CONSTRAINT one_row UNIQUE (layout)
 );
 
+-- The newest lease number seen here for a move. It outlives the move's objects: a coordinator that wakes after the move
+-- has ended here, and makes or changes objects, would open or refuse a range that has gone on without it.
+CREATE TABLE IF NOT EXISTS shardmove.lease (
+    move_id text PRIMARY KEY,
+    number bigint NOT NULL,
+    has_ended boolean NOT NULL DEFAULT false
+);
+
 -- This shard's own record of its part in a move: the fence row. For us alone; writers look at the state sequence.
 CREATE TABLE IF NOT EXISTS shardmove.fence (
     move_id text PRIMARY KEY,

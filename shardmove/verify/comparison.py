@@ -45,6 +45,8 @@ class TableComparison:
     extra: list[Position] = field(default_factory=list)
     different: list[Position] = field(default_factory=list)
     intervals: int = 0
+    found: int = 0
+    """How many rows differ, also those whose keys were not kept."""
     _hash_owner: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
     _hash_other: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
 
@@ -188,10 +190,12 @@ def _list_differences(sides: Sides, pair: Pair, entry: TableComparison, interval
     """Names the rows of one interval that are not equal, from a hash of each row on each side."""
     owner = _row_hashes(sides, entry.table, interval, sides.owner_dsn, pair.giver)
     other = _row_hashes(sides, entry.table, interval, sides.other_dsn, pair.receiver)
-    entry.missing += [key for key in owner if key not in other][: KEYS_LISTED_MAX - len(entry.missing)]
-    entry.extra += [key for key in other if key not in owner][: KEYS_LISTED_MAX - len(entry.extra)]
-    changed = [key for key, hash_ in owner.items() if key in other and other[key] != hash_]
-    entry.different += changed[: KEYS_LISTED_MAX - len(entry.different)]
+    missing = [key for key in owner if key not in other]
+    extra = [key for key in other if key not in owner]
+    different = [key for key, hash_ in owner.items() if key in other and other[key] != hash_]
+    for kept, found in ((entry.missing, missing), (entry.extra, extra), (entry.different, different)):
+        kept += found[: KEYS_LISTED_MAX - len(kept)]
+        entry.found += len(found)
 
 
 def _row_hashes(sides: Sides, table: Table, interval: Interval, dsn: str, snapshot: str) -> dict[Position, str]:

@@ -69,6 +69,7 @@ class Clerk:
         self.connection: psycopg.Connection[Any] = psycopg.connect(
             shop.pinned(world.dsns[shard]), autocommit=True, application_name=name
         )
+        self.pid = self.connection.info.backend_pid
 
     def __enter__(self) -> Self:
         return self
@@ -79,17 +80,13 @@ class Clerk:
         self.connection.close()
         self._ledger.close()
 
-    @property
-    def pid(self) -> int:
-        return self.connection.info.backend_pid
-
     def execute(self, statement: str) -> None:
         self.connection.execute(statement.encode())
 
     def begin(self, level: str = "READ COMMITTED") -> None:
         """Begins a transaction, and takes its snapshot where the level has one for the whole of it."""
         self.execute(f"BEGIN ISOLATION LEVEL {level}")
-        self.execute("SELECT count(*) FROM tenants")
+        self.execute("SELECT 1")
         self._in_block = True
 
     def rename(self, tenant: int, name: str) -> None:
