@@ -53,8 +53,8 @@ class Limits:
     """An attempt that would hold up writes for longer gives up."""
     cutover_attempts: int = 10
     keep_source_s: float = 2.0
-    """`complete` erases the source no sooner than this after the cutover: a client whose route table is that old finds
-    the rows there still, and the fence tells it; where they are gone, its UPDATE would touch nothing, and say nothing."""
+    """`complete` erases the source no sooner than this after the cutover. A client whose route table is that old finds
+    the rows there still, and the fence tells it; where they are gone, its UPDATE touches nothing and says nothing."""
     sequence_margin: int = 100_000
     """How far a receiving shard's sequences are set above the giving one's."""
     journal_rows_warning: int = 5_000_000

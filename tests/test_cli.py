@@ -502,7 +502,7 @@ def ours(world: World) -> dict[str, int]:
     """Per database: 1 for a schema of ours, and 1 for any trigger of ours."""
     query = (
         "SELECT (SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'shardmove%')"
-        " + (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'shardmove%' LIMIT 1)::bool::int"
+        " + EXISTS (SELECT FROM pg_trigger WHERE tgname LIKE 'shardmove%')::int"
     )
     return {name: world.fetch(name, query)[0][0] for name in world.dsns}
 

@@ -465,7 +465,7 @@ def test_a_flip_needs_its_attempt_to_be_open(mechanism: Mechanism, make_world: M
     with Clerk(world, "s1") as clerk, another_catalog(world) as catalog, party(world, move) as reach:
 
         def meanwhile() -> None:
-            ownership.settle_newest(catalog, catalog.move(move), reach, reason="taken for dead")
+            ownership.settle(catalog, catalog.move(move), 1, reach, reason="taken for dead")
             clerk.rename(25, "after it was opened again")
 
         with at("catalog.before_flip", meanwhile):

@@ -134,6 +134,7 @@ class _Crossing:
         self.receiver = hold.move.receiver(direction)
         self.mirror: Mirror
         self.attempt_: Attempt | None = None
+        self.is_asked_for = False
         self.known_routes: RouteTable | None = None
         self.guards: list[Connection] = []
         self.closing_began = 0.0
@@ -245,6 +246,7 @@ class _Crossing:
     def _open_attempt(self) -> None:
         def once() -> Attempt:
             table = self.hold.catalog.routes()
+            self.is_asked_for = True
             return self.hold.catalog.open_attempt(
                 self.hold.move.id,
                 self.direction,
@@ -365,7 +367,7 @@ class _Crossing:
 
     def _settle(self, error: BaseException) -> None:
         """Decides the attempt if it is open, carries the decision out, and raises what the caller should know."""
-        known = self.attempt_ or self._attempt_in_doubt(error)
+        known = self.attempt_ or self._attempt_in_doubt()
         if known is None:
             raise _as_ours(error)
         decided = self._finish(known, error)
@@ -378,9 +380,9 @@ class _Crossing:
         # Everything else that hits an open attempt was rolled back cleanly: worth another try.
         raise NotNow(f"attempt {known.number}: {_as_ours(error).args[0]}") from error
 
-    def _attempt_in_doubt(self, error: BaseException) -> Attempt | None:
-        """An attempt of ours whose opening was not acknowledged."""
-        if not isinstance(error, Unreachable):
+    def _attempt_in_doubt(self) -> Attempt | None:
+        """An attempt of ours whose opening was not acknowledged, or not noted: whatever came in between."""
+        if not self.is_asked_for:
             return None
         return _patiently(lambda: self.hold.catalog.open_attempt_of(self.hold.move.id, self.hold.lease.number))
 

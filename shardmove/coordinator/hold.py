@@ -213,7 +213,8 @@ def _take_over(held: Hold) -> None:
     settle_newest(held)
     if out_of_reach is not None:
         raise out_of_reach
-    held.refresh()
+    with translated(f"move {held.move.id}"):
+        held.refresh()
 
 
 def settle_newest(held: Hold) -> None:

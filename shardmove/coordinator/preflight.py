@@ -258,7 +258,7 @@ def _room_in_sequences(site: Site) -> Problem | None:
 
 
 def _foreign_keys_inside(site: Site) -> Problem | None:
-    """Rows are applied and erased without a check of foreign keys: both ends have to be of one key, and move together."""
+    """Rows are applied and erased without a check of foreign keys: both ends must have one key, and move together."""
     moving = site.move.keyspace.tables
     for child, parent in foreign_keys(site.source):
         if child in moving and parent not in moving and parent not in site.move.keyspace.reference_tables:
@@ -477,23 +477,16 @@ def require_cutover(hold: Hold, direction: Direction) -> None:
         hold.tables,
         giver=giver,
         receiver=receiver,
-        receiver_name=receiver_name,
         lock_timeout_ms=hold.config.limits.ddl_lock_timeout_ms,
     )
 
 
 def try_way_back(
-    move: Move,
-    tables: Sequence[Table],
-    *,
-    giver: Connection,
-    receiver: Connection,
-    receiver_name: str,
-    lock_timeout_ms: int,
+    move: Move, tables: Sequence[Table], *, giver: Connection, receiver: Connection, lock_timeout_ms: int
 ) -> None:
-    """The mirror in the other direction is armed, and its permissions suffice: tried, and rolled back.
+    """The permissions of the mirror in the other direction suffice: tried, and rolled back.
 
-    Raises Refused, and LockNotAvailable where DDL is under way. Changes nothing.
+    Raises psycopg.Error; LockNotAvailable where DDL is under way. Changes nothing.
     """
     with giver.transaction(force_rollback=True):
         giver.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))

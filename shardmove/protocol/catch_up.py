@@ -319,7 +319,8 @@ def take_entries(
 def oldest_left(giver: Connection, move_id: str, ordinal: int, start: int) -> Rows:
     """The oldest entry that stays: gated, or beyond the bound. The next scan must not start after it."""
     return giver.execute(
-        sql.SQL("SELECT {xid}::text FROM {} WHERE {xid} >= {}::xid8 ORDER BY {xid} LIMIT 1").format(
+        # Qualified: the bare name in ORDER BY would be the output column, and that is text.
+        sql.SQL("SELECT j.{xid}::text FROM {} AS j WHERE j.{xid} >= {}::xid8 ORDER BY j.{xid} LIMIT 1").format(
             journal(move_id, ordinal), sql.Literal(str(start)), xid=sql.Identifier(XID)
         )
     )

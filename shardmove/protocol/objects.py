@@ -15,7 +15,7 @@ Names: everything is in the schema `shardmove`, but for the triggers, which are 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -35,6 +35,11 @@ from shardmove.postgres.sql import in_ranges, names, type_name
 LAYOUT = 1
 CLOSED, OPEN = 1, 2
 MARKER = "shardmove.mirror"
+_ROWS_OF: Mapping[str, Sequence[LiteralString]] = {
+    "INSERT": ("NEW.",),
+    "DELETE": ("OLD.",),
+    "UPDATE": ("OLD.", "NEW."),
+}
 EVENTS: tuple[LiteralString, ...] = ("INSERT", "UPDATE", "DELETE")
 XID = "shardmove_xid"
 """The journal's own column; the others are named as the keyset columns are, so that they share predicates."""
@@ -77,7 +82,7 @@ def install_schema(connection: Connection, cluster_id: str) -> None:
             "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('shardmove schema', 0))"
         )
         if connection.execute("SELECT pg_catalog.to_regclass('shardmove.about') IS NULL").fetchone() == (True,):
-            connection.execute(files(__package__).joinpath("shard.sql").read_bytes())
+            connection.execute(files("shardmove.protocol").joinpath("shard.sql").read_bytes())
             connection.execute("INSERT INTO shardmove.about VALUES (%s, %s)", (cluster_id, LAYOUT))
         check_schema(connection, cluster_id)
 
@@ -341,7 +346,7 @@ def _key_in(row: sql.Composable, move: Move, table: Table) -> sql.Composable:
 
 def when(event: str, key_column: str, ranges: Iterable[KeyRange], key_type: KeyType) -> sql.Composed:
     """The WHEN of a row trigger: rows outside the ranges pay next to nothing."""
-    rows = {"INSERT": ["NEW."], "DELETE": ["OLD."], "UPDATE": ["OLD.", "NEW."]}[event]
+    rows = _ROWS_OF[event]
     parts = [
         in_ranges(sql.SQL("{}{}").format(sql.SQL(row), sql.Identifier(key_column)), ranges, key_type) for row in rows
     ]

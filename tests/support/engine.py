@@ -13,8 +13,8 @@ import pytest
 from shardmove.domain.keys import KeyType
 from shardmove.domain.moves import Keyspace, Move, State, TableName
 from shardmove.postgres.connect import Connection, connect
-from shardmove.postgres.introspect import Table, describe_all
 from shardmove.postgres.identity import identity
+from shardmove.postgres.introspect import Table, describe_all
 from shardmove.postgres.locks import Patience
 from shardmove.protocol import drift, fence, objects
 from tests.support.servers import Databases

@@ -27,6 +27,7 @@ import pytest
 from shardmove.catalog.store import Catalog
 from shardmove.config import Config, parse
 from shardmove.coordinator import ending, planner
+from shardmove.coordinator.attending import attend
 from shardmove.coordinator.cutover import Report, cut_over
 from shardmove.coordinator.hold import Hold, hold
 from shardmove.coordinator.progress import Progress
@@ -142,6 +143,23 @@ class World:
         with self.connect(move.source) as connection:
             tables = objects.load_tables(connection, move_id)
         return Mirror.open(move, direction, tables, self.shards)
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """An attendant runs beside, as `shardmove serve` does."""
+        stop = threading.Event()
+        join = in_background(lambda: attend(self.config, lambda: Catalog.connect(self.config.catalog_dsn), stop))
+        try:
+            yield
+        finally:
+            stop.set()
+            join()
+
+    def await_row(self, shard: str, statement: str, row: tuple[Any, ...]) -> None:
+        """Returns when the statement yields the row; fails after a minute."""
+        deadline = time.monotonic() + 60.0
+        while self.fetch(shard, statement) != [row]:
+            assert time.monotonic() < deadline, f"{statement} does not become {row}: {self.fetch(shard, statement)}"
 
     # --- the outside view
 

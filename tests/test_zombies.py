@@ -1,0 +1,149 @@
+"""Coordinators that wake up late: their move has gone on without them, or has ended. They change nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+from shardmove.coordinator import planner
+from shardmove.domain import points
+from shardmove.domain.errors import LeaseLost, ShardmoveError
+from shardmove.domain.keys import KeyRange
+from shardmove.domain.moves import State
+from shardmove.protocol import objects
+from tests.support.world import World, in_background
+
+MOVED = KeyRange(20, None)
+BOUND_S = 60.0
+
+
+@contextmanager
+def asleep_at(point: str, work: Callable[[], None]) -> Iterator[Callable[[], BaseException | None]]:
+    """Runs the work in a thread that falls asleep when it first reaches the point; call the result to wake it up.
+
+    Waking returns what the work ended with.
+    """
+    arrived, wake = threading.Event(), threading.Event()
+    ended: list[BaseException | None] = []
+    sleeper: list[int] = []
+
+    def sleep(_: str) -> None:
+        if not sleeper:
+            sleeper.append(threading.get_ident())
+            arrived.set()
+            assert wake.wait(BOUND_S)
+
+    def guarded() -> None:
+        try:
+            work()
+        except (ShardmoveError, psycopg.Error) as error:
+            ended.append(error)
+        else:
+            ended.append(None)
+
+    def wake_up() -> BaseException | None:
+        wake.set()
+        join(BOUND_S)
+        return ended[0]
+
+    with points.armed(point, sleep):
+        join = in_background(guarded)
+        try:
+            assert arrived.wait(BOUND_S), f"{point} was not reached"
+            yield wake_up
+        finally:
+            wake.set()
+
+
+def take_lease_away(world: World, move_id: str) -> None:
+    """The coordinator's lease session dies, as with its host; its other sessions live on."""
+    with psycopg.connect(world.dsns["cat"], autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name LIKE %s",
+            (f"% lease {move_id}",),
+        )
+
+
+def move_range(world: World, range_: KeyRange, to: str) -> str:
+    return planner.move(world.config, world.catalog, "shop", range_=range_, to=to).move_ids[0]
+
+
+def accepts(world: World, shard: str, tenant: int) -> bool:
+    """An application may write the tenant there."""
+    try:
+        with world.connect(shard) as connection:
+            connection.execute("UPDATE tenants SET name = name || '.' WHERE tenant_id = %s", (tenant,))
+            connection.execute("INSERT INTO tenants (tenant_id, name) VALUES (%s, 'probe')", (1000 + tenant,))
+            connection.execute("DELETE FROM tenants WHERE tenant_id = %s", (1000 + tenant,))
+    except psycopg.errors.SerializationFailure:
+        return False
+    return True
+
+
+@pytest.fixture(params=[True, False], ids=["lease held", "twin: lease not held"])
+def is_held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The twin leaves out the check of the lease in each change of objects."""
+    if not request.param:
+        monkeypatch.setattr(objects, "hold_lease", lambda *_: None)
+    return bool(request.param)
+
+
+def test_initializing_late_opens_nothing_that_was_given_away(world: World, is_held: bool) -> None:
+    first = world.split(at=20)
+    with asleep_at("install.after_objects", lambda: world.run(first, State.READY)) as wake:
+        take_lease_away(world, first)
+        world.roll_back(first)
+        second = world.split(at=20)
+        world.run(second, State.COMPLETED)
+        assert isinstance(wake(), LeaseLost)
+    assert accepts(world, "s2", 25)
+    two_owners = accepts(world, "s1", 25)
+    assert two_owners is not is_held
+    assert not is_held or world.leftovers("s1", first) == world.leftovers("s2", first) == []
+
+
+def test_completing_late_refuses_nothing_that_came_back(world: World, is_held: bool) -> None:
+    first = world.split(at=20)
+    world.run(first, State.SWITCHED)
+    with asleep_at("keep.before_fence", lambda: world.complete(first)) as wake:
+        take_lease_away(world, first)
+        release_kept_lock(world, "s1")
+        world.complete(first)
+        back = move_range(world, MOVED, "s1")
+        world.run(back, State.COMPLETED)
+        assert wake() is not None
+    owner_refuses_its_own = not accepts(world, "s1", 25)
+    assert owner_refuses_its_own is not is_held
+
+
+def release_kept_lock(world: World, shard: str) -> None:
+    """The sleeper's session on the shard dies, as with its host: it would hold up who takes over."""
+    with world.connect(shard) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(l.pid, 5000) FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+            " WHERE l.locktype = 'advisory' AND a.application_name LIKE 'shardmove m%' AND a.state = 'idle'"
+        )
+
+
+def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(world: World) -> None:
+    """It died between opening the receiver and recording on the giver that the range was given away."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(_: str) -> None:
+        raise Killed
+
+    move_id = world.split(at=20)
+    world.run(move_id, State.READY)
+    with points.armed("open.after_commit", kill), pytest.raises(Killed):
+        world.cut_over(move_id)
+    assert world.fetch("s1", "SELECT standing FROM shardmove.fence") == [("owner",)]
+    with world.attended():
+        world.await_row("s1", "SELECT standing FROM shardmove.fence", ("mirror",))
+    world.complete(move_id)
+    assert accepts(world, "s2", 25)
