@@ -22,18 +22,20 @@ BOUND_S = 60.0
 
 
 @contextmanager
-def asleep_at(point: str, work: Callable[[], None]) -> Iterator[Callable[[], BaseException | None]]:
-    """Runs the work in a thread that falls asleep when it first reaches the point; call the result to wake it up.
+def asleep_at(point: str, work: Callable[[], None], *, time: int = 1) -> Iterator[Callable[[], BaseException | None]]:
+    """Runs the work in a thread that falls asleep when it reaches the point, or reaches it for the n-th time.
+
+    Call the result to wake it up.
 
     Waking returns what the work ended with.
     """
     arrived, wake = threading.Event(), threading.Event()
     ended: list[BaseException | None] = []
-    sleeper: list[int] = []
+    reached: list[str] = []
 
-    def sleep(_: str) -> None:
-        if not sleeper:
-            sleeper.append(threading.get_ident())
+    def sleep(name: str) -> None:
+        reached.append(name)
+        if len(reached) == time:
             arrived.set()
             assert wake.wait(BOUND_S)
 
@@ -94,12 +96,12 @@ def is_held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_initializing_late_opens_nothing_that_was_given_away(world: World, is_held: bool) -> None:
     first = world.split(at=20)
-    with asleep_at("install.after_objects", lambda: world.run(first, State.READY)) as wake:
+    with asleep_at("initializing.before_objects", lambda: world.run(first, State.READY), time=2) as wake:
         take_lease_away(world, first)
         world.roll_back(first)
         second = world.split(at=20)
         world.run(second, State.COMPLETED)
-        assert isinstance(wake(), LeaseLost)
+        assert isinstance(wake(), LeaseLost)  # in the twin, too: at the first look at the catalog, which is too late
     assert accepts(world, "s2", 25)
     two_owners = accepts(world, "s1", 25)
     assert two_owners is not is_held
@@ -109,24 +111,14 @@ def test_initializing_late_opens_nothing_that_was_given_away(world: World, is_he
 def test_completing_late_refuses_nothing_that_came_back(world: World, is_held: bool) -> None:
     first = world.split(at=20)
     world.run(first, State.SWITCHED)
-    with asleep_at("keep.before_fence", lambda: world.complete(first)) as wake:
+    with asleep_at("ending.before_keep", lambda: world.complete(first)) as wake:
         take_lease_away(world, first)
-        release_kept_lock(world, "s1")
         world.complete(first)
         back = move_range(world, MOVED, "s1")
         world.run(back, State.COMPLETED)
         assert wake() is not None
     owner_refuses_its_own = not accepts(world, "s1", 25)
     assert owner_refuses_its_own is not is_held
-
-
-def release_kept_lock(world: World, shard: str) -> None:
-    """The sleeper's session on the shard dies, as with its host: it would hold up who takes over."""
-    with world.connect(shard) as connection:
-        connection.execute(
-            "SELECT pg_terminate_backend(l.pid, 5000) FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-            " WHERE l.locktype = 'advisory' AND a.application_name LIKE 'shardmove m%' AND a.state = 'idle'"
-        )
 
 
 def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(world: World) -> None:

@@ -78,9 +78,10 @@ class View:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        with Live(
-            get_renderable=self.table, console=Console(stderr=True), refresh_per_second=4, vertical_overflow="visible"
-        ):
+        """A table that follows the counters; steps scroll by above it."""
+        console = Console(stderr=True, highlight=False)
+        self._progress.on_step = lambda text: console.print(f"  {text}", markup=False)
+        with Live(get_renderable=self.table, console=console, refresh_per_second=4, vertical_overflow="visible"):
             yield
 
     @contextmanager
@@ -104,6 +105,9 @@ class View:
         title = f"{move.id}  {move.ranges_text}  {move.source} → {move.target}  [bold]{self._state}[/bold]"
         caption = f"mirrored {progress.mirrored_rows:,} rows, lag {progress.mirror_lag_s:.1f} s"
         table = Table(title=title, caption=caption, box=None, title_justify="left", caption_justify="left")
+        if not progress.tables:
+            table.caption = None
+            return table
         for head in ("table", "", "rows", "size", "rows/s", "ETA", "verified"):
             table.add_column(head, justify="left" if head in ("table", "") else "right")
         elapsed_s = max(time.monotonic() - progress.started, 1e-3)

@@ -175,6 +175,7 @@ def _keep_if_owned(hold: Hold) -> None:
 
 def _keep(hold: Hold, connection: Connection, ranges: Sequence[KeyRange]) -> None:
     if not objects.has_ended(connection, hold.move.id):
+        points.reach("ending.before_keep")
         objects.keep_fence(connection, hold.move, ranges, hold.tables, hold.patience, lease_number=hold.lease.number)
 
 

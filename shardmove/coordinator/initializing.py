@@ -37,6 +37,7 @@ def initialize(hold: Hold) -> None:
     for shard in (hold.move.target, hold.move.source):
         part = objects.Part(hold.move, described, is_source=shard == hold.move.source)
         connection = hold.connection(shard)
+        points.reach("initializing.before_objects")
         objects.install_move(connection, part, lease_number=hold.lease.number)
         objects.install_triggers(connection, part, hold.patience, lease_number=hold.lease.number)
         drift.record_fingerprint(connection, hold.move.id, described, lease_number=hold.lease.number)

@@ -276,7 +276,7 @@ class Stage:
         return done.stdout
 
     def run(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.line(words), capture_output=True, text=True, check=False)
+        return subprocess.run(self.line(words), capture_output=True, text=True, start_new_session=True)
 
     def line(self, words: Sequence[str]) -> list[str]:
         return [sys.executable, "-m", "shardmove", *words, "-c", str(self.config_file)]
@@ -299,7 +299,7 @@ class Stage:
         """`shardmove serve` in the background: it mirrors whenever no other command does."""
         pages.typed(self.console, ("serve", "&"))
         log = (self.directory / "serve.log").open("wb")
-        with log, subprocess.Popen(self.line(["serve"]), stdout=log, stderr=log) as process:
+        with log, subprocess.Popen(self.line(["serve"]), stdout=log, stderr=log, start_new_session=True) as process:
             try:
                 yield
             finally:

@@ -576,7 +576,10 @@ def _spawn(configs: Sequence[WriterConfig]) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # Linux shares a busy processor among sessions, and each of the server's is its own
     )
     assert process.stdin is not None
     process.stdin.write(json.dumps([asdict(config) for config in configs]).encode() + b"\n")
