@@ -112,7 +112,9 @@ def _compared(move: Move, table: TableComparison) -> Document:
     rows, digests = (table.rows_owner, table.rows_other), (table.digest_owner, table.digest_other)
     if not is_forward:
         rows, digests = rows[::-1], digests[::-1]
-    missing, extra = (table.missing, table.extra) if is_forward else (table.extra, table.missing)
+    kinds = ("missing", "extra") if is_forward else ("extra", "missing")
+    keys = {"missing": table.missing, "extra": table.extra}
+    missing, extra = (keys[kind] for kind in kinds)
     return {
         "move": move.id,
         "table": str(table.table.name),
@@ -120,9 +122,9 @@ def _compared(move: Move, table: TableComparison) -> Document:
         "rows_target": rows[1],
         "digest_source": digests[0],
         "digest_target": digests[1],
-        "missing": len(missing),
-        "extra": len(extra),
-        "different": len(table.different),
+        "missing": table.counts[kinds[0]],
+        "extra": table.counts[kinds[1]],
+        "different": table.counts["different"],
         "keys": {
             "missing": [list(key) for key in missing],
             "extra": [list(key) for key in extra],

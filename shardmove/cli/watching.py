@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from typing import Annotated
@@ -15,7 +16,6 @@ from shardmove.catalog.store import Catalog
 from shardmove.cli import documents, render
 from shardmove.cli.desk import Desk, stdout, verb
 from shardmove.cli.root import app
-from shardmove.cli.signals import stoppable
 from shardmove.config import Config
 from shardmove.coordinator.status import status as figures
 
@@ -46,14 +46,15 @@ def _statuses(config: Config, catalog: Catalog, any_id: str | None) -> documents
 
 def _watch(desk: Desk, config: Config, catalog: Catalog, any_id: str | None) -> None:
     on_terminal = sys.stdout.isatty() and not desk.as_json
-    with stoppable() as stop, Live(console=stdout(), auto_refresh=False) if on_terminal else nullcontext() as live:
-        while not stop.is_set():
+    shown = Live(console=stdout(), auto_refresh=False) if on_terminal else nullcontext()
+    with suppress(KeyboardInterrupt), shown as live:
+        while True:
             document = _statuses(config, catalog, any_id)
             if live is None:
                 desk.show_line(document, render.statuses)
             else:
                 live.update(render.statuses(document), refresh=True)
-            stop.wait(WATCH_EVERY_S)
+            time.sleep(WATCH_EVERY_S)
 
 
 @verb(app)

@@ -16,8 +16,9 @@ from shardmove.coordinator.mirroring import MirrorThread
 from shardmove.domain import points
 from shardmove.domain.errors import Failed
 from shardmove.domain.moves import Direction, State
-from shardmove.postgres.introspect import Table, estimate
+from shardmove.postgres.introspect import Table, estimate_rows, size_bytes
 from shardmove.protocol import fence
+from shardmove.protocol.catch_up import in_move
 from shardmove.protocol.gate import islands
 from workers.copy import BatchBlocked, BatchDone, CopyBatch
 from workers.cuts import BatchSizer, walk
@@ -62,7 +63,7 @@ def _load_counters(hold: Hold) -> None:
     recorded = {ordinal: counted for ordinal, *counted in rows}
     for ordinal, table in enumerate(hold.tables, 1):
         entry = hold.progress.table(str(table.name))
-        entry.rows_estimate = estimate(hold.source, table.name)[0]
+        entry.rows_estimate = estimate_rows(hold.source, table, in_move(hold.move, table))
         entry.rows_copied, entry.bytes_copied, entry.batches_done = recorded.get(ordinal, (0, 0, 0))
         entry.rows_before = entry.rows_copied
     hold.progress.started = time.monotonic()
@@ -105,7 +106,7 @@ class _Copying:
 
     def _largest_first(self) -> list[tuple[int, Table]]:
         numbered = list(enumerate(self.hold.tables, 1))
-        return sorted(numbered, key=lambda pair: -estimate(self.hold.source, pair[1].name)[1])
+        return sorted(numbered, key=lambda pair: -size_bytes(self.hold.source, pair[1].name))
 
     def _submit(self, attempt: _Try) -> None:
         # The workers' queue bounds how far planning runs ahead; what is under way is bounded with it.

@@ -168,7 +168,7 @@ class _Shard:
         try:
             drift.check_identity(self.connection, self.name, move.identities)
         except ServerChanged as error:
-            yield Finding(self.subject, error.message, f"shardmove verify {move.id} --repair")
+            yield Finding(self.subject, error.message, f"shardmove run {move.id}")
 
     def _armed(self, move: Move) -> Iterator[Finding]:
         tables = objects.load_tables(self.connection, move.id)

@@ -56,7 +56,7 @@ def status(config: Config, catalog: Catalog, move: Move) -> dict[str, Any]:
         "rows_verified": stats.get("rows_verified", 0),
         "rows_failed": 0,
         "journal_backlog": backlog,
-        "mirror_lag_s": stats.get("mirror_lag_s"),
+        "mirror_lag_s": 0.0 if backlog == 0 else stats.get("mirror_lag_s"),
         "unattended": move.state in MIRRORED and not held and not _is_attended(stats),
         "rate_rows_s": rate,
         "eta_s": _eta(move, stats, copied, rate),

@@ -60,7 +60,8 @@ def require_equal(hold: Hold, verdict: Verdict) -> None:
     if verdict.equal:
         return
     worst = "; ".join(
-        f"{each.table.name}: {len(each.missing)} missing, {len(each.extra)} extra, {len(each.different)} different"
+        f"{each.table.name}: {each.counts['missing']} missing, {each.counts['extra']} extra,"
+        f" {each.counts['different']} different"
         for each in verdict.tables
         if not each.equal
     )

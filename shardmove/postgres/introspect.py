@@ -309,14 +309,19 @@ def signature(connection: Connection, name: TableName) -> set[str]:
     return {f"{what} {detail}" for what, detail in connection.execute(_SIGNATURE, {"oid": oid}).fetchall()}
 
 
-def estimate(connection: Connection, name: TableName) -> tuple[int, int]:
-    """Rows and bytes of a whole table by the server's own statistics; rough, and free."""
+def size_bytes(connection: Connection, name: TableName) -> int:
+    """How large a table is on disk, with its indexes."""
     row = connection.execute(
-        "SELECT greatest(sum(c.reltuples), 0)::int8, sum(pg_catalog.pg_total_relation_size(c.oid))::int8"
-        " FROM pg_catalog.pg_class c WHERE c.oid = %s",
-        (table_oid(connection, name),),
+        "SELECT pg_catalog.pg_total_relation_size(%s::oid)", (table_oid(connection, name),)
     ).fetchone()
-    return (int(row[0] or 0), int(row[1] or 0)) if row else (0, 0)
+    return int(row[0] or 0) if row else 0
+
+
+def estimate_rows(connection: Connection, table_: Table, condition: sql.Composable) -> int:
+    """How many rows the planner expects for the condition; rough, and free."""
+    query = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {}").format(table(table_.name), condition)
+    row = connection.execute(query).fetchone()
+    return 0 if row is None else int(row[0][0]["Plan"]["Plan Rows"])
 
 
 def table_sql(table_: Table) -> sql.Identifier:

@@ -387,7 +387,8 @@ def _arm(connection: Connection, part: Part, patience: locks.Patience, lease_num
             if kept_is_there:
                 _set_kept_triggers(connection, table, remainder, move.keyspace.key_type)
 
-        locks.change_table(connection, table.name, arm, patience=patience)
+        drops = kept_is_there and not remainder
+        locks.change_table(connection, table.name, arm, patience=patience, readers_block=drops)
         points.reach("install.after_triggers")
     _record_kept(connection, move.keyspace, remainder, move.id, lease_number)
 

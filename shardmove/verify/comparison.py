@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -45,14 +46,19 @@ class TableComparison:
     extra: list[Position] = field(default_factory=list)
     different: list[Position] = field(default_factory=list)
     intervals: int = 0
-    found: int = 0
-    """How many rows differ, also those whose keys were not kept."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """How many rows differ, by kind, also those whose keys were not kept."""
     _hash_owner: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
     _hash_other: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
 
     @property
     def equal(self) -> bool:
         return not (self.missing or self.extra or self.different) and self.digest_owner == self.digest_other
+
+    @property
+    def found(self) -> int:
+        """How many rows differ."""
+        return self.counts.total()
 
     @property
     def keys(self) -> list[Position]:
@@ -193,9 +199,12 @@ def _list_differences(sides: Sides, pair: Pair, entry: TableComparison, interval
     missing = [key for key in owner if key not in other]
     extra = [key for key in other if key not in owner]
     different = [key for key, hash_ in owner.items() if key in other and other[key] != hash_]
-    for kept, found in ((entry.missing, missing), (entry.extra, extra), (entry.different, different)):
-        kept += found[: KEYS_LISTED_MAX - len(kept)]
-        entry.found += len(found)
+    if not (missing or extra or different):
+        different = list(owner)  # the bytes differ where their text does not: any of these rows
+    kinds = {"missing": missing, "extra": extra, "different": different}
+    for (kind, keys), kept in zip(kinds.items(), (entry.missing, entry.extra, entry.different), strict=True):
+        kept += keys[: KEYS_LISTED_MAX - len(kept)]
+        entry.counts[kind] += len(keys)
 
 
 def _row_hashes(sides: Sides, table: Table, interval: Interval, dsn: str, snapshot: str) -> dict[Position, str]:
