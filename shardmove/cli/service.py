@@ -26,7 +26,7 @@ def serve(desk: Desk) -> None:
 
 
 @verb(app)
-def demo(desk: Desk, rows: Annotated[int, typer.Option(help="Rows of the shop before it is split.")] = 200_000) -> None:
+def demo(desk: Desk, rows: Annotated[int, typer.Option(help="Rows of the shop before it is split.")] = 150_000) -> None:
     """Split a shop under load on embedded servers, and check that nothing was lost."""
     from shardmove.demo.story import tell  # its servers come with an extra of the package
 
