@@ -28,7 +28,7 @@ demo: $(READY) ## a move under load on embedded servers
 	$(BIN)/shardmove demo
 
 test: lint ## everything that CI runs
-	$(PYTEST) -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
+	$(PYTEST) -n $(TEST_PROCESSES) --dist worksteal -m "not slow" --durations 25
 
 lint: $(READY) ## style, types, and the floors of the house
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,14 @@ def printed(console: Console, text: str) -> None:
 
 
 def configuration(catalog_dsn: str, shards: Mapping[str, str]) -> str:
-    """cluster.toml: every tenant belongs to the first shard."""
+    """cluster.toml: every tenant belongs to the first shard. Half of the processors are left to the clients."""
     lines = ["[catalog]", f"dsn = {json.dumps(catalog_dsn)}"]
     for name, dsn in shards.items():
         lines += [f"[shards.{name}]", f"dsn = {json.dumps(dsn)}"]
     lines += [f"[keyspaces.{shop.KEYSPACE}]", 'key_type = "bigint"', f"[keyspaces.{shop.KEYSPACE}.tables]"]
     lines += [f"{table} = {json.dumps(column)}" for table, column in shop.KEY_COLUMNS.items()]
     lines += [f"[[keyspaces.{shop.KEYSPACE}.routes]]", 'range = ":"', f"shard = {json.dumps(next(iter(shards)))}"]
+    lines += ["[limits]", f"workers = {max(1, min(4, (os.cpu_count() or 2) // 2))}"]
     return "\n".join(lines) + "\n"
 
 

@@ -81,7 +81,7 @@ def install_schema(connection: Connection, cluster_id: str) -> None:
         connection.execute(
             "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('shardmove schema', 0))"
         )
-        if connection.execute("SELECT pg_catalog.to_regclass('shardmove.about') IS NULL").fetchone() == (True,):
+        if not has_schema(connection):
             connection.execute(files("shardmove.protocol").joinpath("shard.sql").read_bytes())
             connection.execute("INSERT INTO shardmove.about VALUES (%s, %s)", (cluster_id, LAYOUT))
         check_schema(connection, cluster_id)
@@ -100,7 +100,12 @@ def check_schema(connection: Connection, cluster_id: str) -> None:
 
 
 def has_schema(connection: Connection) -> bool:
-    return connection.execute("SELECT pg_catalog.to_regclass('shardmove.about') IS NOT NULL").fetchone() == (True,)
+    """The schema is there. Asked of the catalog's rows: to_regclass() may answer from what the session saw before."""
+    row = connection.execute(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = 'shardmove' AND c.relname = 'about')"
+    ).fetchone()
+    return row == (True,)
 
 
 # --- whose objects they are (I8)

@@ -32,7 +32,9 @@ from shardmove.coordinator.cutover import Report, cut_over
 from shardmove.coordinator.hold import Hold, hold
 from shardmove.coordinator.progress import Progress
 from shardmove.coordinator.run import run
-from shardmove.demo import check, shop
+from shardmove.demo import shop
+from shardmove.demo.check import Report as LedgerReport
+from shardmove.demo.check import check as check_ledger
 from shardmove.demo.writers import WriterFleet
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Direction, Move, State
@@ -192,12 +194,12 @@ class World:
     def owner(self, tenant: int) -> str:
         return self.catalog.routes()["shop"].at(tenant).shard
 
-    def check(self, *, absent_on: Mapping[str, Sequence[KeyRange]] | None = None) -> check.Report:
+    def check(self, *, absent_on: Mapping[str, Sequence[KeyRange]] | None = None) -> LedgerReport:
         """The external ledger's report; the writers must have stopped. Owners are those of the route table."""
         owners = {tenant: self.owner(tenant) for tenant in range(-10, 100)}
-        return check.check(self.directory / "ledger", self.shards, lambda t: owners[t], absent_on=absent_on)
+        return check_ledger(self.directory / "ledger", self.shards, lambda t: owners[t], absent_on=absent_on)
 
-    def assert_nothing_lost(self, **options: Any) -> check.Report:
+    def assert_nothing_lost(self, **options: Any) -> LedgerReport:
         report = self.check(**options)
         assert report.ok, str(report)
         assert report.failed == 0, str(report)
