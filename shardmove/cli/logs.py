@@ -51,6 +51,8 @@ def configure(level: Level | None) -> None:
             ],
         )
     )
+    # It warns of each pipeline that an expected error ended; the errors themselves reach us as exceptions.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     root = logging.getLogger()
     root.handlers = [each for each in root.handlers if not isinstance(each, _StandardError)] + [handler]
     root.setLevel((level or _default_level()).upper())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Annotated
 
 import structlog
@@ -15,14 +17,26 @@ from shardmove.coordinator.attending import attend
 
 
 @verb(app)
-def serve(desk: Desk) -> None:
+def serve(
+    desk: Desk,
+    until_eof: Annotated[
+        bool, typer.Option("--until-eof", help="End with standard input, too: when whoever started it dies.")
+    ] = False,
+) -> None:
     """Attend every move in the background: mirror both ways, finish abandoned cutovers. Until Ctrl-C."""
     config, log = desk.config(), structlog.get_logger("shardmove")
     desk.catalog(config).close()  # a configuration that cannot work ends here, and not in an attendant's log
     with stoppable() as stop:
+        if until_eof:
+            threading.Thread(target=_stop_at_eof, args=(stop,), daemon=True).start()
         log.info("attending", shards=sorted(config.shards))
         attend(config, lambda: desk.catalog(config), stop)
         log.info("stopped")
+
+
+def _stop_at_eof(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()
 
 
 @verb(app)

@@ -299,7 +299,11 @@ class Stage:
         """`shardmove serve` in the background: it mirrors whenever no other command does."""
         pages.typed(self.console, ("serve", "&"))
         log = (self.directory / "serve.log").open("wb")
-        with log, subprocess.Popen(self.line(["serve"]), stdout=log, stderr=log, start_new_session=True) as process:
+        command = self.line(["serve", "--until-eof"])
+        with (
+            log,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True) as process,
+        ):
             try:
                 yield
             finally:
