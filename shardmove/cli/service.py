@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Annotated
 
 import structlog
 import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from shardmove.cli.desk import Desk, stdout, verb
 from shardmove.cli.root import app
@@ -42,8 +44,12 @@ def _stop_at_eof(stop: threading.Event) -> None:
 @verb(app)
 def demo(desk: Desk, rows: Annotated[int, typer.Option(help="Rows of the shop before it is split.")] = 150_000) -> None:
     """Split a shop under load on embedded servers, and check that nothing was lost."""
-    from shardmove.demo.story import tell  # its servers come with an extra of the package
+    from shardmove.demo.story import Done, tell  # its servers come with an extra of the package
 
-    result = tell(Console(stderr=True) if desk.as_json else stdout(), rows=rows)
+    def typist(words: Sequence[str]) -> Done:
+        ended = CliRunner().invoke(app, list(words), prog_name="shardmove")
+        return Done(ended.exit_code, ended.stdout, ended.stderr)
+
+    result = tell(Console(stderr=True) if desk.as_json else stdout(), typist, rows=rows)
     if desk.as_json:
         desk.show(result.document(), str)

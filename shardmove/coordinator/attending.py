@@ -26,7 +26,9 @@ from shardmove.protocol.catch_up import Mirror
 log = logging.getLogger("shardmove.attend")
 
 LOOK_EVERY_S = 0.5
-PAUSE_BUSY_S = 0.002
+PAUSE_BUSY_S = 0.01
+PAUSE_HELD_S = 0.25
+"""While a coordinator holds the move it mirrors by itself: the attendant only fills its gaps."""
 PAUSE_IDLE_S = 0.1
 PAUSE_TROUBLE_S = 1.0
 MARK_EVERY_S = 3.0
@@ -66,6 +68,7 @@ class Attendant(threading.Thread):
         self._stop_asked = threading.Event()
         self._connections: dict[str, Connection] = {}
         self._marked = 0.0
+        self._is_held = False
 
     def end(self) -> None:
         self._stop_asked.set()
@@ -91,6 +94,7 @@ class Attendant(threading.Thread):
                 if time.monotonic() - looked > LOOK_EVERY_S or mirror is None:
                     looked = time.monotonic()
                     move = catalog.move(self.move_id)
+                    self._is_held = not holder_is_dead(catalog, move, self.config.limits.lease_ttl_s)
                     self._settle(catalog, move)
                     mirror = self._mirror_for(move, mirror)
                 self._stop_asked.wait(self._pass(mirror, catalog))
@@ -109,6 +113,8 @@ class Attendant(threading.Thread):
             self._marked = time.monotonic()
             with suppress(ShardmoveError):  # the mark is for `status` only
                 catalog.mark_attended(self.move_id, datetime.now(UTC))
+        if self._is_held:
+            return PAUSE_HELD_S
         return PAUSE_BUSY_S if done.keys else PAUSE_IDLE_S
 
     def _mirror_for(self, move: Move, known: Mirror | None) -> Mirror | None:

@@ -2,8 +2,8 @@
 
     look        preconditions; transactions that would be waited for; catch up until the lag is small
     guard       both shards: table locks that keep DDL out, then fingerprint and identity; held to the end
-    hold        catalog: attempt N is open, the range is held in a new epoch
-    close       giver: exclusive lock, fence closed for N                       ← writes wait from here
+    hold        catalog: attempt N is open, the range is held in a new epoch    ← who heard of it waits from here
+    close       giver: exclusive lock, fence closed for N                       ← and everybody from here
     empty       catch up until a full look finds nothing; sequences checked
     flip        catalog: one transaction makes the receiver the owner           ← this commit is the cutover
     open        receiver: fence opened for N                                    ← to here
@@ -168,8 +168,8 @@ class _Crossing:
     def _crossing(self) -> list[Step]:
         giver, receiver, ranges = self.giver, self.receiver, self.hold.move.ranges_text
         return [
-            Step(f"hold {ranges} in the route table, open an attempt", self._open_attempt),
             Step("catch up", self._catch_up),
+            Step(f"hold {ranges} in the route table, open an attempt", self._open_attempt),
             Step(f"close the fence of {giver}: writes wait from here", self._close),
             Step("catch up until the journal is empty", self._empty),
             Step(f"sequences of {receiver} are still ahead", self._check_sequences),

@@ -23,7 +23,6 @@ from shardmove.postgres.locks import Patience
 from shardmove.protocol import fence, objects, ownership
 from shardmove.protocol.catch_up import Mirror
 from workers.executors import Executor
-from workers.pool import ProcessExecutor
 
 RETRIES_OF_A_TRANSITION = 20
 PAUSE_LOOK_S = 1.0
@@ -189,7 +188,7 @@ def hold(
             catalog.move(move_id),
             stop or threading.Event(),
             progress or Progress(),
-            make_executor or (lambda: ProcessExecutor(config.limits.workers)),
+            make_executor or (lambda: _worker_processes(config.limits.workers)),
         )
         try:
             _take_over(held)
@@ -198,6 +197,12 @@ def hold(
             yield held
         finally:
             held.close()
+
+
+def _worker_processes(workers: int) -> Executor:
+    from workers.pool import ProcessExecutor  # it takes as long to import as some verbs to run, which need no workers
+
+    return ProcessExecutor(workers)
 
 
 def _take_over(held: Hold) -> None:

@@ -14,7 +14,8 @@ from shardmove.domain.errors import Failed, ShardmoveError, Unreachable
 from shardmove.postgres.connect import explain, is_unreachable
 from shardmove.protocol.catch_up import Mirror
 
-PAUSE_BUSY_S = 0.002
+PAUSE_BUSY_S = 0.01
+"""A pass costs the same for one row as for some: what comes within a few milliseconds is carried together."""
 PAUSE_IDLE_S = 0.1
 PAUSE_UNREACHABLE_S = 1.0
 
