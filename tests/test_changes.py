@@ -5,9 +5,11 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from shardmove.domain.errors import DifferencesFound, Refused, SchemaDrift, ServerChanged
+from shardmove.coordinator import ending
+from shardmove.domain.errors import DifferencesFound, Refused, SchemaDrift, ServerChanged, Unreachable
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Direction, State
+from shardmove.postgres.embedded import Cluster
 from tests.support.world import World
 
 MOVED = KeyRange(20, None)
@@ -107,3 +109,17 @@ def test_a_catalog_that_forgot_a_flip_opens_nothing(world: World) -> None:
         world.cut_over(move_id)
     with world.connect("s1") as forgotten, pytest.raises(psycopg.errors.SerializationFailure):
         forgotten.execute("UPDATE tenants SET name = 'stray' WHERE tenant_id = 25")
+
+
+def test_a_move_whose_target_is_lost_is_given_up_on_the_source_alone(world: World, servers: Cluster) -> None:
+    move_id = ready(world)
+    servers["s2"].stop("immediate")
+    with pytest.raises(Unreachable):
+        world.roll_back(move_id)
+    with world.hold(move_id, target_is_lost=True) as held:
+        ending.roll_back_without_target(held)
+    assert world.move(move_id).state is State.ROLLED_BACK
+    assert world.leftovers("s1", move_id) == []
+    servers["s2"].start()
+    with world.connect("s2") as returned, pytest.raises(psycopg.errors.SerializationFailure):
+        returned.execute("UPDATE tenants SET name = 'stray' WHERE tenant_id = 25")

@@ -58,6 +58,7 @@ class Coordinator:
         assert self.process.returncode == 0, errors.decode()
 
 
+@pytest.mark.fault
 @pytest.mark.timeout(1800)
 def test_sigkill_at_random_moments(world: World, rng: random.Random) -> None:
     states: dict[State, int] = {}

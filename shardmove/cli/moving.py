@@ -59,9 +59,18 @@ def revert(desk: Desk, any_id: Id, dry_run: DryRun = False) -> None:
 
 
 @verb(app)
-def rollback(desk: Desk, any_id: Id, dry_run: DryRun = False) -> None:
+def rollback(
+    desk: Desk,
+    any_id: Id,
+    target_is_lost: Annotated[
+        bool, typer.Option("--target-is-lost", help="The target will never answer again: leave it out of it.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
     """Give the move up: revert where needed, then erase what was copied to the target."""
-    _carry_out(desk, any_id, dry_run, lambda o, moves: o.roll_back(moves, dry_run=dry_run))
+    _carry_out(
+        desk, any_id, dry_run, lambda o, moves: o.roll_back(moves, target_is_lost=target_is_lost, dry_run=dry_run)
+    )
 
 
 @verb(app)

@@ -130,7 +130,7 @@ def _retreat(hold: Hold) -> list[Step]:
         Step(f"erase what was copied of {ranges} on {target}: reverse deletes", lambda: _reverse_deletes(hold)),
         Step(f"keep refusing writes on {target} where it ever owned the range", lambda: _keep_if_owned(hold)),
         Step(f"remove our objects from {target}", lambda: remove(hold, target)),
-        Step("the move is rolled back", lambda: hold.transition(State.ROLLED_BACK, routes=lambda r: unmarked(hold, r))),
+        Step("the move is rolled back", lambda: _roll_back_ends(hold)),
     ]
 
 
@@ -168,6 +168,39 @@ def _keep_if_owned(hold: Hold) -> None:
     ranges = hold.move.ranges if flipped else tuple(parse(text) for text in row.kept_before)
     if ranges:
         _keep(hold, hold.target, ranges)
+
+
+def roll_back_without_target(hold: Hold, *, dry_run: bool = False) -> None:
+    """Gives a move up whose target is lost for good, while the source still owns the range.
+
+    What the target holds of ours stays there; should it ever answer again, its fence refuses the range, and
+    `diagnose` names what is left. Safe to repeat.
+
+    Raises:
+        Refused: the target owns the range, or did when the move ended.
+    """
+    if hold.move.state in (State.SWITCHED, State.CLEANING, State.COMPLETED):
+        raise Refused(
+            f"move {hold.move.id} is {hold.move.state}: {hold.move.target} owns the range",
+            hint=f"restore {hold.move.target}",
+        )
+    source, target = hold.move.source, hold.move.target
+    _runner(hold, dry_run)(
+        [
+            Step("the move is given up", lambda: _enter(hold, State.ROLLING_BACK)),
+            Step(f"triggers off: remove our objects from {source}", lambda: remove(hold, source)),
+            Step(f"leave {target} as it is", lambda: _record_loss(hold)),
+            Step("the move is rolled back", lambda: _roll_back_ends(hold)),
+        ]
+    )
+
+
+def _record_loss(hold: Hold) -> None:
+    hold.catalog.record("target_lost", hold.move.id, shard=hold.move.target)
+
+
+def _roll_back_ends(hold: Hold) -> None:
+    hold.transition(State.ROLLED_BACK, routes=lambda routes: unmarked(hold, routes))
 
 
 # --- both

@@ -167,11 +167,13 @@ def hold(
     progress: Progress | None = None,
     make_executor: Callable[[], Executor] | None = None,
     accepts_changed_servers: bool = False,
+    target_is_lost: bool = False,
 ) -> Iterator[Hold]:
     """Takes the move's lease, makes both shards refuse every earlier holder, and settles what that one left undecided.
 
     Args:
         accepts_changed_servers: go on also where a server is not the one that the move began with; see `unsettled`.
+        target_is_lost: go on also where the target does not answer.
 
     Raises:
         LeaseHeld: another coordinator is alive and has it.
@@ -191,7 +193,7 @@ def hold(
             make_executor or (lambda: _worker_processes(config.limits.workers)),
         )
         try:
-            _take_over(held)
+            _take_over(held, target_is_lost=target_is_lost)
             if held.unsettled is not None and not accepts_changed_servers:
                 raise held.unsettled
             yield held
@@ -205,14 +207,15 @@ def _worker_processes(workers: int) -> Executor:
     return ProcessExecutor(workers)
 
 
-def _take_over(held: Hold) -> None:
+def _take_over(held: Hold, *, target_is_lost: bool) -> None:
     """The number on the shards first, then the state: whoever held the move before changes nothing from here on."""
     out_of_reach: Unreachable | None = None
     for shard in (held.move.source, held.move.target):
         try:
             raise_number(held, shard)
         except Unreachable as error:
-            out_of_reach = error
+            if shard == held.move.source or not target_is_lost:
+                out_of_reach = error
     held.move = held.catalog.move(held.move.id)
     held.heeds_pause = not held.move.paused
     settle_newest(held)

@@ -84,11 +84,19 @@ class Operator:
             with self._begun(move, "complete", dry_run) as held:
                 ending.complete(held, dry_run=dry_run)
 
-    def roll_back(self, moves: Sequence[Move], *, dry_run: bool = False) -> None:
-        """Rolls each move back, the last one first; also a paused one. Raises what `ending.roll_back` raises."""
+    def roll_back(self, moves: Sequence[Move], *, target_is_lost: bool = False, dry_run: bool = False) -> None:
+        """Rolls each move back, the last one first; also a paused one. Raises what `ending.roll_back` raises.
+
+        Args:
+            target_is_lost: leave the target out of it: it will never answer again.
+        """
+        give_up = ending.roll_back_without_target if target_is_lost else ending.roll_back
         for move in reversed(moves):
-            with self._held(move, "rollback") as held, _told(held, dry_run):
-                ending.roll_back(held, dry_run=dry_run)
+            with (
+                self._held(move, "rollback", target_is_lost=target_is_lost) as held,
+                _told(held, dry_run),
+            ):
+                give_up(held, dry_run=dry_run)
 
     def compare(self, moves: Sequence[Move], *, repair: bool = False) -> list[Verdict]:
         """Reads both sides of each move again in full.
@@ -109,7 +117,9 @@ class Operator:
         return verdicts
 
     @contextmanager
-    def _held(self, move: Move, verb: str, *, accepts_changed_servers: bool = False) -> Iterator[Hold]:
+    def _held(
+        self, move: Move, verb: str, *, accepts_changed_servers: bool = False, target_is_lost: bool = False
+    ) -> Iterator[Hold]:
         with (
             self.watch(move) as progress,
             hold(
@@ -120,6 +130,7 @@ class Operator:
                 stop=self.stop,
                 progress=progress,
                 accepts_changed_servers=accepts_changed_servers,
+                target_is_lost=target_is_lost,
             ) as held,
         ):
             yield held
