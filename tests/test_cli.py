@@ -53,7 +53,7 @@ Shell = Callable[..., Said]
 def threads_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands of this process run the workers' tasks in threads: nothing here is about processes, and they start at
     once."""
-    monkeypatch.setattr("shardmove.coordinator.hold.ProcessExecutor", InlineExecutor)
+    monkeypatch.setattr("workers.pool.ProcessExecutor", InlineExecutor)
 
 
 @pytest.fixture
