@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,9 @@ import pytest
 from benchmarks import workload
 from benchmarks.workload import Site
 from tests.support.engine import Engine
-from workers.executors import InlineExecutor
 from workers.pool import ProcessExecutor
 
 pytestmark = [pytest.mark.benchmark(group="comparison"), pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(scope="module")
-def copied(site: Site) -> Iterator[Engine]:
-    """The move, copied whole."""
-    with site.fresh_target() as engine, InlineExecutor(2) as executor:
-        workload.copy_verified(engine, executor, 10_000)
-        workload.finish_copy(engine)
-        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,8 @@ from benchmarks.workload import Site
 from shardmove.postgres.connect import connect
 from shardmove.protocol.catch_up import Mirror
 from tests.support.engine import Engine
-from workers.executors import InlineExecutor
 
 pytestmark = [pytest.mark.benchmark(group="mirror"), pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(scope="module")
-def copied(site: Site) -> Iterator[Engine]:
-    """The move, copied whole."""
-    with site.fresh_target() as engine, InlineExecutor(2) as executor:
-        workload.copy_verified(engine, executor, 10_000)
-        workload.finish_copy(engine)
-        yield engine
 
 
 @pytest.fixture

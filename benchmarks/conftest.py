@@ -15,6 +15,8 @@ import pytest
 from benchmarks import workload
 from benchmarks.workload import Site
 from shardmove.postgres.embedded import Cluster
+from tests.support.engine import Engine
+from workers.executors import InlineExecutor
 from workers.pool import ProcessExecutor
 
 SETTINGS: Final = {
@@ -30,6 +32,15 @@ _lines: list[str] = []
 def site() -> Iterator[Site]:
     with Cluster(("s1", "s2"), settings=SETTINGS) as cluster:
         yield workload.prepare(cluster["s1"], cluster["s2"], workload.rows_wanted())
+
+
+@pytest.fixture(scope="module")
+def copied(site: Site) -> Iterator[Engine]:
+    """The move, copied whole."""
+    with site.fresh_target() as engine, InlineExecutor(2) as executor:
+        workload.copy_verified(engine, executor, 10_000)
+        workload.finish_copy(engine)
+        yield engine
 
 
 @pytest.fixture(scope="session")
