@@ -32,7 +32,8 @@ from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
 
 from shardmove.domain.errors import ConfigurationError, Failed, ShardmoveError, Unreachable
-from shardmove.domain.keys import KeyRange
+from shardmove.domain.keys import Key, KeyType
+from shardmove.domain.moves import Keyspace, Scheme
 from shardmove.domain.routes import Route, Routes
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ _BEGIN: Final[Mapping[IsolationLevel | None, LiteralString]] = {
     IsolationLevel.SERIALIZABLE: "BEGIN ISOLATION LEVEL SERIALIZABLE",
 }
 _READ_ROUTES = """
-    SELECT epoch, lower, upper, shard, move_id, held
+    SELECT epoch, lower, upper, shard, move_id, held, key_type, scheme
     FROM shardmove_catalog.current_routes
     WHERE keyspace = %s
 """
@@ -117,23 +118,24 @@ class RouteCache:
         self._application_name = application_name
         self._conn: Connection | None = None
         self._routes: Routes | None = None
+        self._shape: Keyspace | None = None
         self._read_at = float("-inf")
         self._connect_not_before = float("-inf")
         self._trouble: psycopg.Error | None = None
         self.epoch = 0
 
-    def at(self, key: int, *, max_age_s: float = CONFIRM_S) -> Route:
+    def at(self, key: Key, *, max_age_s: float = CONFIRM_S) -> Route:
         """The route of the key, no older than that unless the catalog is away.
 
         Raises Unreachable where no routes were ever read, and the catalog does not answer.
         """
         if self._is_announced() or time.monotonic() - self._read_at > max_age_s:
             self._read()
-        if self._routes is None:
+        if self._routes is None or self._shape is None:
             raise Unreachable(f"the catalog does not answer, and no routes of {self._keyspace} are known") from (
                 self._trouble
             )
-        return self._routes.at(key)
+        return self._routes.at(self._shape.place(key))
 
     def wait(self, timeout_s: float) -> None:
         """Returns as soon as new routes are announced, at the latest after the timeout."""
@@ -181,7 +183,8 @@ class RouteCache:
         epoch = int(rows[0][0])
         if epoch >= self.epoch:  # a catalog that lost its tail must not lead back: the fences would send us here again
             self.epoch = epoch
-            self._routes = _routes_of(self._keyspace, rows)
+            self._shape = Keyspace(self._keyspace, KeyType(rows[0][6]), Scheme(rows[0][7]), {})
+            self._routes = _routes_of(self._shape, rows)
 
     def _listen(self) -> Connection:
         conn: Connection = psycopg.connect(
@@ -223,7 +226,7 @@ class ShardClient:
         self._conns: dict[str, Connection] = {}
         self.last = Trace(time.monotonic())
 
-    def shard_of(self, key: int) -> str:
+    def shard_of(self, key: Key) -> str:
         """The shard that owns the key, as far as this client knows: a second old at most while the catalog answers."""
         return self._routes.at(key).shard
 
@@ -236,7 +239,7 @@ class ShardClient:
             with suppress(Unreachable):
                 self._connection(shard, time.monotonic() + CONNECT_TIMEOUT_S)
 
-    def transaction(self, key: int, work: Callable[[Connection], T], *, isolation: IsolationLevel | None = None) -> T:
+    def transaction(self, key: Key, work: Callable[[Connection], T], *, isolation: IsolationLevel | None = None) -> T:
         """Runs `work` in one transaction on the shard that owns the key, and commits it.
 
         `work` may be run several times, each time in a new transaction, after nothing remained of the one before: it
@@ -279,7 +282,7 @@ class ShardClient:
         for shard in list(self._conns):
             self._discard(shard)
 
-    def _settled_route(self, key: int, trace: Trace, deadline: float) -> Route:
+    def _settled_route(self, key: Key, trace: Trace, deadline: float) -> Route:
         """The key's route, once it is not held; after HOLD_WAIT_S as it is."""
         route = self._routes.at(key)
         waits_until = min(time.monotonic() + HOLD_WAIT_S, deadline)
@@ -289,7 +292,7 @@ class ShardClient:
             route = self._routes.at(key, max_age_s=HELD_CONFIRM_S)
         return route
 
-    def _is_owner_still(self, key: int, shard: str | None) -> bool:
+    def _is_owner_still(self, key: Key, shard: str | None) -> bool:
         """Whether the newest route table sends the key to the shard that just refused it, and does not hold it."""
         route = self._routes.at(key, max_age_s=0.0)
         return route.shard == shard and not route.held
@@ -363,7 +366,7 @@ class ShardClient:
         if conn is not None:
             conn.close()
 
-    def _give_up(self, key: int, trace: Trace, error: Exception) -> NoReturn:
+    def _give_up(self, key: Key, trace: Trace, error: Exception) -> NoReturn:
         raise DeadlineExceeded(
             f"key {key}: no transaction was committed within {self._deadline_s:g} s; "
             f"last tried on shard {trace.shard or '(none)'} at epoch {trace.epoch or '(none)'}, "
@@ -396,18 +399,14 @@ def _is_fenced(error: Exception) -> bool:
     )
 
 
-def _routes_of(keyspace: str, rows: list[tuple[Any, ...]]) -> Routes:
+def _routes_of(keyspace: Keyspace, rows: list[tuple[Any, ...]]) -> Routes:
     return Routes.of(
-        keyspace,
+        keyspace.name,
         [
-            Route(KeyRange(_key(lower), _key(upper)), shard, move_id=move_id, held=held)
-            for _epoch, lower, upper, shard, move_id, held in rows
+            Route(keyspace.bound_type.range_of(lower, upper), shard, move_id=move_id, held=held)
+            for _epoch, lower, upper, shard, move_id, held, *_ in rows
         ],
     )
-
-
-def _key(text: str | None) -> int | None:
-    return None if text is None else int(text)
 
 
 def _one_line(error: Exception) -> str:

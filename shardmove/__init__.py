@@ -1,3 +1,3 @@
 """shardmove moves key ranges between plain PostgreSQL servers: online, verified row for row, reversible."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

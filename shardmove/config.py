@@ -16,7 +16,7 @@ from typing import Any
 
 from shardmove.domain.errors import ConfigurationError, NotFound
 from shardmove.domain.keys import KeyType
-from shardmove.domain.moves import Keyspace, TableName
+from shardmove.domain.moves import Keyspace, Scheme, TableName
 from shardmove.domain.routes import Route, Routes
 
 DEFAULT_PATH = "cluster.toml"
@@ -179,9 +179,7 @@ def _keyspace(name: str, entry: object, shards: Mapping[str, str]) -> tuple[Keys
         raise ConfigurationError(f"{where} must be a table")
     _only(entry, {"key_type", "scheme", "reference_tables", "tables", "routes"}, where)
     key_type = _key_type(entry.get("key_type", "bigint"), where)
-    scheme = entry.get("scheme", "range")
-    if scheme != "range":
-        raise ConfigurationError(f"{where} scheme {scheme!r} is not supported", hint='use scheme = "range"')
+    scheme = _scheme(entry.get("scheme", "range"), where)
     tables = entry.get("tables", {})
     if not isinstance(tables, Mapping) or not tables:
         raise ConfigurationError(f"{where} names no tables", hint=f"[keyspaces.{name}.tables] table = key column")
@@ -203,6 +201,14 @@ def _key_type(text: object, where: str) -> KeyType:
         raise ConfigurationError(f"{where} key_type {text!r} is not supported", hint=f"known are: {known}") from None
 
 
+def _scheme(text: object, where: str) -> Scheme:
+    try:
+        return Scheme(str(text))
+    except ValueError:
+        known = ", ".join(Scheme)
+        raise ConfigurationError(f"{where} scheme {text!r} is not supported", hint=f"known are: {known}") from None
+
+
 def _first_routes(keyspace: Keyspace, entries: object, shards: Mapping[str, str]) -> Routes:
     where = f"[[keyspaces.{keyspace.name}.routes]]"
     if not isinstance(entries, list) or not entries:
@@ -212,7 +218,7 @@ def _first_routes(keyspace: Keyspace, entries: object, shards: Mapping[str, str]
         _only(entry, {"range", "shard"}, where)
         if entry.get("shard") not in shards:
             raise ConfigurationError(f"{where} names an unknown shard {entry.get('shard')!r}")
-        routes.append(Route(keyspace.key_type.parse_range(str(entry.get("range"))), entry["shard"]))
+        routes.append(Route(keyspace.bound_type.parse_range(str(entry.get("range"))), entry["shard"]))
     return Routes.of(keyspace.name, routes)
 
 

@@ -3,71 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from shardmove.cli.exits import EXITS, Exit, exit_code
 from shardmove.cli.signals import stoppable
-from shardmove.cli.verbs import app
 from shardmove.cli.words import listed, seconds
-from shardmove.coordinator.preflight import may_be_replica
 from shardmove.domain import errors, points
 from shardmove.domain.moves import State
 from shardmove.protocol import objects
 from tests.support.engine import until
+from tests.support.shell import Shell, Start
 from tests.support.world import World
-from workers.executors import InlineExecutor
 
 STEPS_OF_A_CUTOVER = ("open an attempt", "close the fence of s1", "the cutover", "open the fence of s2")
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a command printed, and how it ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def document(self) -> Any:
-        """Standard output, which is JSON and nothing else."""
-        assert self.stdout, self.stderr
-        return json.loads(self.stdout)
-
-
-Shell = Callable[..., Said]
-
-
-@pytest.fixture
-def threads_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands of this process run the workers' tasks in threads: nothing here is about processes, and they start at
-    once."""
-    monkeypatch.setattr("workers.pool.ProcessExecutor", InlineExecutor)
-
-
-@pytest.fixture
-def shell(world: World, threads_for_workers: None) -> Shell:
-    """`shell("run", "m1", "--json")`: runs a command in this process, with the world's configuration."""
-    path = world.write_config()
-
-    def run(*words: str, config: Path = path) -> Said:
-        result = CliRunner().invoke(app, words, env={"SHARDMOVE_CONFIG": str(config)})
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        assert "--debug" in words or "Traceback" not in result.stderr
-        return Said(result.exit_code, result.stdout, result.stderr)
-
-    return run
 
 
 @pytest.fixture
@@ -327,53 +280,6 @@ def copying_held_up(world: World) -> Iterator[None]:
         locker.execute("ROLLBACK")
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A command as a process of its own."""
-
-    process: subprocess.Popen[str]
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def read_until(self, text: str) -> None:
-        """Reads standard error up to the first line that has the text in it."""
-        assert self.process.stderr is not None
-        assert any(text in line for line in self.process.stderr), f"{text!r} was never said"
-
-    def end(self) -> Said:
-        stdout, stderr = self.process.communicate(timeout=60)
-        assert "Traceback" not in stderr
-        return Said(self.process.returncode, stdout, stderr)
-
-
-@pytest.fixture
-def start(world: World) -> Iterator[Callable[..., Running]]:
-    """`start("run", "m1")`: begins a command as a process of its own; it does not outlive the test."""
-    environment = {**os.environ, "SHARDMOVE_CONFIG": str(world.write_config())}
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(*words: str) -> Running:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shardmove", *words],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
-        started.append(process)
-        return Running(process)
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-Start = Callable[..., Running]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
     world: World, shell: Shell, start: Start, planned: str, number: signal.Signals
@@ -505,23 +411,6 @@ def ours(world: World) -> dict[str, int]:
         " + EXISTS (SELECT FROM pg_trigger WHERE tgname LIKE 'shardmove%')::int"
     )
     return {name: world.fetch(name, query)[0][0] for name in world.dsns}
-
-
-def test_grants_are_enough_for_a_role_without_superuser(world: World, shell: Shell, planned: str) -> None:
-    with world.connect("s1") as connection:
-        connection.execute('DROP ROLE IF EXISTS "Mover"')
-        connection.execute('CREATE ROLE "Mover"')
-        (granted,) = [
-            each for each in shell("grants", "--role", "Mover", "--json").document["grants"] if each["place"] == "s1"
-        ]
-        for statement in granted["statements"]:
-            connection.execute(statement.encode())
-        connection.execute('SET ROLE "Mover"')
-        assert may_be_replica(connection)
-        connection.execute("CREATE SCHEMA shardmove_try")
-        connection.execute("ALTER TABLE orders ENABLE ALWAYS TRIGGER touch")
-        connection.execute("RESET ROLE")
-        connection.execute('DROP SCHEMA shardmove_try; DROP OWNED BY "Mover"; DROP ROLE "Mover"')
 
 
 def test_words_are_read_or_refused() -> None:

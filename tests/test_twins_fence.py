@@ -32,7 +32,7 @@ from shardmove.domain.moves import Attempt, Direction, Outcome, State
 from shardmove.postgres import connect, locks
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.embedded import Cluster, Server
-from shardmove.protocol import catch_up, drift, fence, objects, ownership, sequences
+from shardmove.protocol import capture, catch_up, drift, fence, kept, ownership, parts, sequences
 from shardmove.protocol.catch_up import Mirror, Pass
 from shardmove.protocol.gate import gate
 from tests.support.engine import until
@@ -141,8 +141,8 @@ def test_a_prepared_transaction_keeps_its_lock(make_world: MakeWorld) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_one_statement_guard(mechanism: Mechanism, make_world: MakeWorld, level: str) -> None:
     """A writer that queued behind the closer wakes when it is closed. The state must be read after the lock is had."""
-    mechanism.replace(objects, "take_shared_lock", lambda *_: sql.SQL("").format())
-    mechanism.replace(objects, "read_state", lock_and_state_in_one_statement)
+    mechanism.replace(capture, "take_shared_lock", lambda *_: sql.SQL("").format())
+    mechanism.replace(capture, "read_state", lock_and_state_in_one_statement)
     world = make_world(limits=PATIENT)
     move = ready(world)
     with Clerk(world, "s1") as clerk, Pause("close.after_lock") as closing:
@@ -164,7 +164,7 @@ def lock_and_state_in_one_statement(move_id: str) -> sql.Composed:
     return sql.SQL(
         "SELECT s.last_value, pg_catalog.pg_advisory_xact_lock_shared("
         "(SELECT f.fence_key FROM shardmove.fence f WHERE f.move_id = {})) INTO state FROM {} AS s;"
-    ).format(sql.Literal(move_id), objects.state_sequence(move_id))
+    ).format(sql.Literal(move_id), parts.state_sequence(move_id))
 
 
 def test_closing_behind_long_writer(mechanism: Mechanism, make_world: MakeWorld) -> None:
@@ -217,8 +217,8 @@ def test_old_snapshot_finds_no_fence(
     mechanism: Mechanism, world: World, monkeypatch: pytest.MonkeyPatch, level: str
 ) -> None:
     """The snapshot is older than the fence row. Even where a row is what is read: not found is not open."""
-    monkeypatch.setattr(objects, "read_state", plain_row)
-    mechanism.replace(objects, "refused_when", lambda: sql.SQL("state = 1"))
+    monkeypatch.setattr(capture, "read_state", plain_row)
+    mechanism.replace(capture, "refused_when", lambda: sql.SQL("state = 1"))
     move = world.split()
     with Clerk(world, "s1") as clerk:
         clerk.begin(level)
@@ -230,7 +230,7 @@ def test_old_snapshot_finds_no_fence(
 
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_the_state_is_read_whatever_the_snapshot(mechanism: Mechanism, world: World, level: str) -> None:
-    mechanism.replace(objects, "read_state", plain_row)
+    mechanism.replace(capture, "read_state", plain_row)
     move = ready(world)
     with Clerk(world, "s1") as clerk:
         clerk.begin(level)
@@ -286,7 +286,7 @@ def test_an_old_snapshot_passes_the_fence_that_a_failed_attempt_opened_again(
 
 def test_multixact(mechanism: Mechanism, world: World) -> None:
     """Writers that pass the same fence at once leave no multixact behind: 72,000 a second were measured of a row."""
-    mechanism.replace(objects, "read_state", locked_row)
+    mechanism.replace(capture, "read_state", locked_row)
     ready(world)
     before = next_multixact(world)
     with Clerk(world, "s1", "one") as one, Clerk(world, "s1", "two") as two:
@@ -571,7 +571,7 @@ def test_erase_against_catch_up(mechanism: Mechanism, world: World) -> None:
 @pytest.mark.parametrize("end", ["complete", "roll_back"])
 def test_a_forgotten_writer_meets_the_kept_fence(mechanism: Mechanism, world: World, end: str) -> None:
     """For ever: also a rolled-back target keeps its fence, if it ever owned the range."""
-    mechanism.replace(objects, "keep_fence", lambda *_, **__: None)
+    mechanism.replace(kept, "keep_fence", lambda *_, **__: None)
     move = world.split()
     world.run(move, State.SWITCHED)
     getattr(world, end)(move)
@@ -610,7 +610,7 @@ def test_a_kept_fence_goes_when_the_range_comes_back(world: World) -> None:
 
 
 def test_two_moves_that_complete_at_once_merge_their_kept_fences(mechanism: Mechanism, world: World) -> None:
-    mechanism.replace(objects, "_changing_kept", lambda *_: nullcontext())
+    mechanism.replace(kept, "changing", lambda *_: nullcontext())
     plan = planner.split(world.config, world.catalog, "shop", at=[20, 50], to=["s2", "s3"])
     one, two = plan.move_ids
     for move in (one, two):

@@ -20,6 +20,7 @@ import pytest
 from psycopg import sql
 
 from shardmove.coordinator import preflight
+from shardmove.coordinator.checks.site import Site
 from shardmove.domain.digests import Digest
 from shardmove.domain.errors import BatchMismatch, Failed, Refused, SchemaDrift
 from shardmove.domain.moves import Move, State
@@ -28,7 +29,7 @@ from shardmove.postgres.connect import Connection, connect
 from shardmove.postgres.embedded import Cluster, Server
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import TRUE, Interval
-from shardmove.protocol import catch_up, drift, fence, objects
+from shardmove.protocol import capture, catch_up, drift, fence, objects, parts
 from shardmove.protocol import gate as gating
 from shardmove.protocol.catch_up import Mirror, Pass
 from tests.support.engine import LEASE, ORDERS, Engine, make_engine, until
@@ -81,7 +82,7 @@ FAMILY_TABLES = {"orders": "tenant_id", "items": "tenant_id"}
 
 def test_journal(mechanism: Mechanism, engine: MakeEngine) -> None:
     """Whatever an application does to a copied row arrives, because the same transaction wrote its key down."""
-    mechanism.replace(objects, "journal_row", lambda *_: sql.SQL(""))
+    mechanism.replace(capture, "journal_row", lambda *_: sql.SQL(""))
     made = engine(schema=FAMILY, tables=FAMILY_TABLES, rows=WITH_ITEMS)
     copy_all(made)
     with application(made) as client:
@@ -109,12 +110,12 @@ def make_journal_unique(connection: Connection, move_id: str, ordinal: int, tabl
     connection.execute(f"CREATE UNIQUE INDEX ON shardmove.journal_{move_id}_{ordinal} (tenant_id, id)".encode())
 
 
-journal_row, create_journal = objects.journal_row, objects._create_journal
+journal_row, create_journal = capture.journal_row, objects._create_journal
 
 
 def test_journal_dedup(mechanism: Mechanism, engine: MakeEngine) -> None:
     """A second change finds the first one's entry; that entry is consumed before the second change is visible."""
-    mechanism.replace(objects, "journal_row", journal_that_keeps_one_entry_a_key)
+    mechanism.replace(capture, "journal_row", journal_that_keeps_one_entry_a_key)
     mechanism.replace(objects, "_create_journal", make_journal_unique)
     made = engine(rows=TEN)
     copy_all(made)
@@ -134,7 +135,7 @@ def test_journal_dedup(mechanism: Mechanism, engine: MakeEngine) -> None:
 def without_the_role(move_id: str) -> sql.Composed:
     """The marker alone decides."""
     return sql.SQL("IF pg_catalog.current_setting({}, true) = {} THEN RETURN NULL; END IF;").format(
-        sql.Literal(objects.MARKER), sql.Literal(move_id)
+        sql.Literal(parts.MARKER), sql.Literal(move_id)
     )
 
 
@@ -147,11 +148,11 @@ def with_current_user(move_id: str) -> sql.Composed:
 def marker_alone_in_when(_connection: Connection, move_id: str) -> sql.Composed:
     """The trigger's WHEN asks for the marker, and not for the role."""
     return sql.SQL("pg_catalog.current_setting({}, true) IS DISTINCT FROM {}").format(
-        sql.Literal(objects.MARKER), sql.Literal(move_id)
+        sql.Literal(parts.MARKER), sql.Literal(move_id)
     )
 
 
-skip_own_writes = objects.skip_own_writes
+skip_own_writes = capture.skip_own_writes
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_marker_by_anyone(
     mechanism: Mechanism, engine: MakeEngine, name: str, weaker: Callable[..., sql.Composed]
 ) -> None:
     """A client without rights of ours sets the marker and writes: its write is a change like any other."""
-    mechanism.replace(objects, name, weaker)
+    mechanism.replace(capture, name, weaker)
     made = engine(rows=TEN)
     copy_all(made)
     role = make_role({"s1": made.dsn["s1"]}, "clerk", grants="GRANT ALL ON orders TO {role}")
@@ -185,11 +186,11 @@ def for_any_move(move_id: str) -> sql.Composed:
 
 def test_marker_of_another_move(mechanism: Mechanism, engine: MakeEngine) -> None:
     """The marker names one move: what another move's mirror applies here is a change for this one."""
-    mechanism.replace(objects, "skip_own_writes", for_any_move)
+    mechanism.replace(capture, "skip_own_writes", for_any_move)
     made = engine(rows=TEN)
     copy_all(made)
     with made.connect("s1") as other, other.transaction():
-        catch_up.become_replica(other, "m2")
+        catch_up.become_replica(other, "m2", made.tables)
         other.execute("UPDATE public.orders SET note = 'by the mirror of m2' WHERE id = 7")
     carry_all(made)
     mechanism.judge(differences(made))
@@ -197,19 +198,19 @@ def test_marker_of_another_move(mechanism: Mechanism, engine: MakeEngine) -> Non
 
 QUALIFIED, UNQUALIFIED = '"shardmove"."journal_m1_1"', '"journal_m1_1"'
 PINNED = "SET search_path = pg_catalog, pg_temp"
-capture_sql = objects.capture_sql
+capture_sql = capture.capture_sql
 
 
 def unqualified_under(path: str) -> Callable[..., sql.Composed]:
     """The journal's name left to the function's search_path."""
 
-    def capture(*arguments: Any) -> sql.Composed:
+    def weakened(*arguments: Any) -> sql.Composed:
         text = capture_sql(*arguments).as_string(None)
         assert QUALIFIED in text
         assert PINNED in text
         return sql.Composed([sql.SQL(text.replace(QUALIFIED, UNQUALIFIED).replace(PINNED, path))])
 
-    return capture
+    return weakened
 
 
 def temporary_journal(engine: Engine) -> None:
@@ -221,7 +222,7 @@ def temporary_journal(engine: Engine) -> None:
 
 def test_pg_temp_capture(mechanism: Mechanism, engine: MakeEngine) -> None:
     """A temporary table is found first of all, unless the path says where pg_temp stands, or the name its schema."""
-    mechanism.replace(objects, "capture_sql", unqualified_under("SET search_path = pg_catalog, shardmove"))
+    mechanism.replace(capture, "capture_sql", unqualified_under("SET search_path = pg_catalog, shardmove"))
     made = engine(rows=TEN)
     copy_all(made)
     temporary_journal(made)
@@ -234,7 +235,7 @@ def test_pg_temp_last_in_the_path_is_enough_for_an_unqualified_name(
 ) -> None:
     """The pin holds by itself: either of the two would do."""
     path = "SET search_path = pg_catalog, shardmove, pg_temp"
-    monkeypatch.setattr(objects, "capture_sql", unqualified_under(path))
+    monkeypatch.setattr(capture, "capture_sql", unqualified_under(path))
     made = engine(rows=TEN)
     copy_all(made)
     temporary_journal(made)
@@ -672,8 +673,8 @@ def test_truncate_is_refused(engine: MakeEngine) -> None:
 # --- applied as a replica
 
 
-def only_marked(connection: Connection, move_id: str) -> None:
-    connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", (objects.MARKER, move_id))
+def only_marked(connection: Connection, move_id: str, _tables: Sequence[Table]) -> None:
+    connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", (parts.MARKER, move_id))
 
 
 def test_cascade_of_a_mirrored_parent(mechanism: Mechanism, engine: MakeEngine) -> None:
@@ -692,7 +693,7 @@ def test_cascade_without_replica_right(databases: Databases) -> None:
     made = make_engine(dsn, schema=FAMILY, tables=FAMILY_TABLES)
     with ExitStack() as stack:
         source, target = (stack.enter_context(connect(dsn[shard], application_name="test")) for shard in ("s1", "s2"))
-        site = preflight.Site(made.move, source, target)
+        site = Site(made.move, source, target)
         with pytest.raises(Refused, match="session_replication_role") as refused:
             preflight.require(site)
     assert "GRANT SET ON PARAMETER session_replication_role" in (refused.value.hint or "")

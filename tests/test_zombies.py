@@ -14,7 +14,7 @@ from shardmove.domain import points
 from shardmove.domain.errors import LeaseLost, ShardmoveError
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import State
-from shardmove.protocol import objects
+from shardmove.protocol import parts
 from tests.support.world import World, in_background
 
 MOVED = KeyRange(20, None)
@@ -90,7 +90,7 @@ def accepts(world: World, shard: str, tenant: int) -> bool:
 def is_held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The twin leaves out the check of the lease in each change of objects."""
     if not request.param:
-        monkeypatch.setattr(objects, "hold_lease", lambda *_: None)
+        monkeypatch.setattr(parts, "hold_lease", lambda *_: None)
     return bool(request.param)
 
 

@@ -32,7 +32,6 @@ from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval, type_name
 from shardmove.protocol import fence
 from shardmove.protocol.catch_up import (
-    become_replica,
     compare,
     copy_in,
     digest_of,
@@ -41,6 +40,7 @@ from shardmove.protocol.catch_up import (
     relay,
     select_rows,
 )
+from shardmove.protocol.replica import become_replica
 from workers.connections import Connections
 from workers.tasks import snapshot
 
@@ -111,7 +111,7 @@ class CopyBatch:
         return digest
 
     def _carry(self, source: Connection, target: Connection) -> Digest:
-        become_replica(target, self.move.id)
+        become_replica(target, self.move.id, [self.table])
         rows = rows_of(self.move, self.table, self.interval)
         with snapshot(source):
             sent = relay(source, rows, target, copy_in(self.table))

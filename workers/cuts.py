@@ -16,7 +16,7 @@ from psycopg import sql
 from shardmove.config import Limits
 from shardmove.domain.moves import Move
 from shardmove.postgres.connect import Connection
-from shardmove.postgres.introspect import Table, table_sql
+from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval, Position, names
 from shardmove.protocol.catch_up import in_move
 
@@ -57,7 +57,7 @@ def cut_sql(move: Move, table: Table, interval: Interval, rows: int) -> sql.Comp
         position=table.keyset_as_text(),
         keyset=names(table.keyset_names),
         order=table.order,
-        table=table_sql(table),
+        table=table.rows,
         in_move=in_move(move, table),
         within=table.within(interval),
         rows=sql.Literal(rows),

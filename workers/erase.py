@@ -9,10 +9,11 @@ from psycopg import sql
 from shardmove.domain import points
 from shardmove.domain.moves import Move
 from shardmove.postgres.connect import Connection
-from shardmove.postgres.introspect import Table, table_sql
+from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval
 from shardmove.protocol import drift, fence
-from shardmove.protocol.catch_up import become_replica, in_move
+from shardmove.protocol.catch_up import in_move
+from shardmove.protocol.replica import become_replica
 from workers.connections import Connections
 from workers.cuts import walk
 
@@ -53,7 +54,7 @@ class EraseBatch:
         with connection.transaction():
             fence.check_erasable(connection, self.move.id, self.lease_number)
             drift.check_identity(connection, self.shard, self.move.identities)
-            become_replica(connection, self.move.id)
+            become_replica(connection, self.move.id, [self.table])
             deleted = connection.execute(delete_sql(self.move, self.table, piece)).rowcount
             is_last = piece[1] == self.interval[1]
             if is_last and self.drop_record:
@@ -65,9 +66,7 @@ class EraseBatch:
 
 def delete_sql(move: Move, table: Table, interval: Interval) -> sql.Composed:
     """Only rows of the range: on a live shard the same interval may hold rows of others."""
-    return sql.SQL("DELETE FROM {} WHERE {} AND {}").format(
-        table_sql(table), in_move(move, table), table.within(interval)
-    )
+    return sql.SQL("DELETE FROM {} WHERE {} AND {}").format(table.rows, in_move(move, table), table.within(interval))
 
 
 def drop_record(connection: Connection, move_id: str, ordinal: int, interval: Interval) -> None:

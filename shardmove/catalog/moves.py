@@ -10,7 +10,7 @@ from typing import Any, LiteralString
 from psycopg.rows import TupleRow
 from psycopg.types.json import Jsonb
 
-from shardmove.catalog.routes import as_json, bounds, parse_range
+from shardmove.catalog.routes import as_json
 from shardmove.catalog.shape import Shape, as_keyspace, close_to
 from shardmove.domain import points
 from shardmove.domain.errors import ConfigurationError, IllegalTransition, NotFound
@@ -79,7 +79,7 @@ class Moves(Shape):
                 "keyspace": move.keyspace,
                 "source": move.source,
                 "target": move.target,
-                "ranges": [bounds(range_) for range_ in move.ranges],
+                "ranges": [range_.ends for range_ in move.ranges],
             }
             for move in moves
         ]
@@ -205,7 +205,7 @@ def _as_move(row: TupleRow) -> Move:
         id=id_,
         plan_id=plan_id,
         keyspace=keyspace,
-        ranges=ascending(parse_range(keyspace.key_type, lower, upper) for lower, upper in ranges),
+        ranges=ascending(keyspace.bound_type.range_of(lower, upper) for lower, upper in ranges),
         source=source,
         target=target,
         state=State(state),

@@ -13,7 +13,7 @@ from shardmove.catalog.events import Events
 from shardmove.catalog.export import export_routes
 from shardmove.domain import points
 from shardmove.domain.errors import EpochConflict, ShardmoveError
-from shardmove.domain.keys import KeyRange, KeyType
+from shardmove.domain.keys import KeyType
 from shardmove.domain.routes import Route, Routes, RouteTable
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class RouteTables(Events):
         found: dict[str, list[Route]] = {}
         for _, keyspace, bound_type, lower, upper, shard, move_id, held in rows:
             if keyspace is not None:
-                range_ = parse_range(KeyType(bound_type), lower, upper)
+                range_ = KeyType(bound_type).range_of(lower, upper)
                 found.setdefault(keyspace, []).append(Route(range_, shard, move_id, held))
         return RouteTable(rows[0][0], {name: Routes.of(name, found[name]) for name in sorted(found)})
 
@@ -102,29 +102,14 @@ def retried(once: Callable[[], T]) -> T:
     return once()
 
 
-def parse_range(key_type: KeyType, lower: str | None, upper: str | None) -> KeyRange:
-    return KeyRange(
-        None if lower is None else key_type.parse(lower),
-        None if upper is None else key_type.parse(upper),
-    )
-
-
-def bounds(range_: KeyRange) -> tuple[str | None, str | None]:
-    """The ends as text, None where the range is open."""
-    return (
-        None if range_.lower is None else str(range_.lower),
-        None if range_.upper is None else str(range_.upper),
-    )
-
-
 def as_json(*keyspaces: Routes) -> Jsonb:
     """What the catalog's functions take as routes."""
     return Jsonb(
         [
             {
                 "keyspace": routes.keyspace,
-                "lower": bounds(route.range)[0],
-                "upper": bounds(route.range)[1],
+                "lower": route.range.ends[0],
+                "upper": route.range.ends[1],
                 "shard": route.shard,
                 "move_id": route.move_id,
                 "held": route.held,

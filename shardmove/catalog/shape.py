@@ -11,7 +11,7 @@ from shardmove.config import Config
 from shardmove.domain import points
 from shardmove.domain.errors import NotFound, Refused
 from shardmove.domain.keys import KeyType
-from shardmove.domain.moves import Keyspace, TableName
+from shardmove.domain.moves import Keyspace, Scheme, TableName
 
 
 class Shape(RouteTables):
@@ -153,7 +153,7 @@ def as_keyspace(
     return Keyspace(
         name,
         KeyType(key_type),
-        scheme,
+        Scheme(scheme),
         {TableName.parse(table): tables[table] for table in sorted(tables)},
         tuple(map(TableName.parse, reference_tables)),
     )

@@ -39,12 +39,18 @@ class Hook:
     function: Callable[[Connection], None]
 
 
-def _create(connection: Connection) -> None:
-    for name in ("schema.sql", "functions.sql"):
-        connection.execute(files("shardmove.catalog").joinpath(name).read_bytes())
+def _scripts(*names: str) -> Callable[[Connection], None]:
+    def run(connection: Connection) -> None:
+        for name in names:
+            connection.execute(files("shardmove.catalog").joinpath(name).read_bytes())
+
+    return run
 
 
-HOOKS: tuple[Hook, ...] = (Hook(1, "0.1.0", True, _create),)
+HOOKS: tuple[Hook, ...] = (
+    Hook(1, "0.1.0", True, _scripts("schema.sql", "functions.sql")),
+    Hook(2, "0.2.0", True, _scripts("schema_2.sql")),
+)
 
 
 def check(hooks: Sequence[Hook], package_version: str) -> None:

@@ -15,6 +15,8 @@ from shardmove.coordinator import uninstalling
 from shardmove.coordinator.diagnose import diagnose as find
 from shardmove.coordinator.shards import ask, require_answers
 from shardmove.coordinator.shards import grants as needed
+from shardmove.domain.keys import Key
+from shardmove.domain.moves import Keyspace
 
 
 @verb(app)
@@ -29,9 +31,14 @@ def apply(desk: Desk) -> None:
 
 
 @verb(app)
-def grants(desk: Desk, role: Annotated[str, typer.Option(help="The role that shardmove connects as.")]) -> None:
-    """Print the SQL that gives a role the least it needs, per shard."""
-    desk.show(documents.grants(needed(desk.config(), role)), render.grants)
+def grants(
+    desk: Desk,
+    role: Annotated[str, typer.Option(help="The role that shardmove connects as; it need not exist yet.")],
+    on: Annotated[str | None, typer.Option(metavar="S", help="Only for this shard, or `catalog`.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Also what the role holds already.")] = False,
+) -> None:
+    """Print the SQL that gives a role the rights that it lacks: `shardmove grants --role R --on S | psql …`."""
+    desk.show(documents.grants(role, needed(desk.config(), role, place=on, everything=all_)), render.grants)
 
 
 @verb(app)
@@ -52,9 +59,13 @@ def routes(
     with desk.catalog(desk.config()) as catalog:
         table = catalog.routes()
         names = list(table.keyspaces) if keyspace is None else [catalog.keyspace(keyspace).name]
-        keys = {name: None if at is None else catalog.keyspace(name).key_type.parse(at) for name in names}
-        chosen = {name: documents.at(table[name], key) for name, key in keys.items()}
+        places = {name: None if at is None else _place(catalog.keyspace(name), at) for name in names}
+        chosen = {name: documents.at(table[name], place) for name, place in places.items()}
         desk.show(documents.routes(table, chosen), render.routes)
+
+
+def _place(keyspace: Keyspace, key: str) -> Key:
+    return keyspace.place(keyspace.key_type.parse(key))
 
 
 @verb(app)

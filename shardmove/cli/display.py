@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -44,14 +44,46 @@ class LoggedProgress(Progress):
         self.log.debug("batch", table=name, rows=rows, size_bytes=size_bytes)
 
 
-@contextmanager
-def watched(move: Move) -> Iterator[Progress]:
-    """Shows the move's progress while the block lasts."""
-    progress = LoggedProgress(log=structlog.get_logger("shardmove").bind(move=move.id))
-    view = View(move, progress)
-    show = view.live() if sys.stderr.isatty() else view.logged()
-    with show:
-        yield progress
+class Screen:
+    """What people see of the moves under way: on a terminal a live table each, one below the other; else log lines."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._views: list[View] = []
+        self._live: Live | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def watched(self, move: Move) -> Iterator[Progress]:
+        """Shows the move's progress while the block lasts. Of several threads at once, too."""
+        progress = LoggedProgress(log=structlog.get_logger("shardmove").bind(move=move.id))
+        view = View(move, progress)
+        with self._shown(view) if sys.stderr.isatty() else view.logged():
+            yield progress
+
+    @contextmanager
+    def _shown(self, view: View) -> Iterator[None]:
+        """A table that follows the counters; steps, and tables of moves that are through, scroll by above it."""
+        view.tell_steps(self._console)
+        with self._lock:
+            self._views.append(view)
+            if self._live is None:
+                self._live = Live(
+                    get_renderable=lambda: Group(*[each.table() for each in tuple(self._views)]),
+                    console=self._console,
+                    refresh_per_second=4,
+                    vertical_overflow="visible",
+                )
+                self._live.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._views.remove(view)
+                self._console.print(view.table())
+                if self._live is not None and not self._views:
+                    self._live.stop()
+                    self._live = None
 
 
 def collected(tell: Callable[[Move, str], None]) -> Callable[[Move], Any]:
@@ -76,13 +108,9 @@ class View:
     def _enter(self, state: State) -> None:
         self._state = state
 
-    @contextmanager
-    def live(self) -> Iterator[None]:
-        """A table that follows the counters; steps scroll by above it."""
-        console = Console(stderr=True, highlight=False)
-        self._progress.on_step = lambda text: console.print(f"  {text}", markup=False)
-        with Live(get_renderable=self.table, console=console, refresh_per_second=4, vertical_overflow="visible"):
-            yield
+    def tell_steps(self, console: Console) -> None:
+        """Prints each step, with the move that it is of."""
+        self._progress.on_step = lambda text: console.print(f"  {self._move.id}  {text}", markup=False)
 
     @contextmanager
     def logged(self) -> Iterator[None]:
@@ -99,15 +127,16 @@ class View:
         while not done.wait(LOG_EVERY_S):
             self._progress.log.info("progress", state=str(self._state), **self._progress.totals())
 
-    def table(self) -> Table:
-        """A line a table: rows, bytes, rate and ETA; the mirror's lag in the head."""
+    def table(self) -> RenderableType:
+        """A line a table: rows, bytes, rate and ETA; the mirror's lag at the foot."""
         move, progress = self._move, self._progress
-        title = f"{move.id}  {move.ranges_text}  {move.source} → {move.target}  [bold]{self._state}[/bold]"
+        title = Text.assemble(
+            f"{move.id}  {move.ranges_text}  {move.source} → {move.target}  ", (str(self._state), "bold")
+        )
+        if not progress.tables:
+            return title
         caption = f"mirrored {progress.mirrored_rows:,} rows, lag {progress.mirror_lag_s:.1f} s"
         table = Table(title=title, caption=caption, box=None, title_justify="left", caption_justify="left")
-        if not progress.tables:
-            table.caption = None
-            return table
         for head in ("table", "", "rows", "size", "rows/s", "ETA", "verified"):
             table.add_column(head, justify="left" if head in ("table", "") else "right")
         elapsed_s = max(time.monotonic() - progress.started, 1e-3)

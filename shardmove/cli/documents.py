@@ -9,6 +9,7 @@ from typing import Any
 from shardmove.catalog.events import Event
 from shardmove.catalog.moves import Plan
 from shardmove.coordinator.diagnose import Finding
+from shardmove.coordinator.estimating import Estimate, Rate, Size
 from shardmove.coordinator.preflight import Line
 from shardmove.coordinator.shards import Answer, Grants
 from shardmove.coordinator.uninstalling import Item
@@ -50,21 +51,26 @@ def routes(table: RouteTable, chosen: Mapping[str, Sequence[Route]]) -> Document
     return {"epoch": table.epoch, "ranges": ranges}
 
 
-def at(routes_: Routes, key: Key | None) -> Sequence[Route]:
-    """The one route of the key; all of them for None."""
-    return routes_.routes if key is None else [routes_.at(key)]
+def at(routes_: Routes, place: Key | None) -> Sequence[Route]:
+    """The one route of a place in the key space; all of them for None."""
+    return routes_.routes if place is None else [routes_.at(place)]
 
 
-def plan(made: Plan, moves: Sequence[Move]) -> Document:
+def plan(made: Plan, found: Sequence[Estimate], rate: Rate) -> Document:
+    sizes = [each.size for each in found if each.size is not None]
+    total = Size(sum(each.rows for each in sizes), sum(each.size_bytes for each in sizes))
     return {
         "id": made.id,
         "kind": made.kind,
         "description": made.description,
-        "moves": [_planned(move) for move in moves],
+        "moves": [_planned(each, rate) for each in found],
+        "estimate": _estimate(total if len(sizes) == len(found) else None, rate),
+        "disk_bytes": _disk_bytes(found),
     }
 
 
-def _planned(move: Move) -> Document:
+def _planned(found: Estimate, rate: Rate) -> Document:
+    move = found.move
     return {
         "id": move.id,
         "keyspace": move.keyspace.name,
@@ -72,7 +78,30 @@ def _planned(move: Move) -> Document:
         "source": move.source,
         "target": move.target,
         "state": str(move.state),
+        "estimate": _estimate(found.size, rate),
+        "estimate_error": found.trouble,
     }
+
+
+def _estimate(size: Size | None, rate: Rate) -> Document | None:
+    if size is None:
+        return None
+    return {
+        "rows": size.rows,
+        "bytes": size.size_bytes,
+        "seconds": round(size.rows / rate.rows_s, 1),
+        "rate_rows_s": rate.rows_s,
+        "rate_from": rate.origin,
+    }
+
+
+def _disk_bytes(found: Sequence[Estimate]) -> Document:
+    """What each target needs; null where one of its moves could not be estimated."""
+    needed: dict[str, int | None] = {}
+    for each in found:
+        before = needed.get(each.move.target, 0)
+        needed[each.move.target] = None if before is None or each.size is None else before + each.size.size_bytes
+    return needed
 
 
 def checklists(lists: Mapping[str, Sequence[Line]]) -> Document:
@@ -84,12 +113,14 @@ def checklists(lists: Mapping[str, Sequence[Line]]) -> Document:
 
 
 def _check(line: Line) -> Document:
-    problem = line.problem
+    found = line.problem
+    message = found.message if found else None
     return {
         "check": line.check,
         "passed": line.passed,
-        "problem": problem.message if problem else None,
-        "hint": problem.hint if problem else None,
+        "problem": None if line.passed else message,
+        "note": message if line.passed else None,
+        "hint": found.hint if found else None,
     }
 
 
@@ -152,5 +183,8 @@ def objects(items: Sequence[Item], *, is_dry_run: bool) -> Document:
     return {"dry_run": is_dry_run, "objects": [asdict(each) for each in items]}
 
 
-def grants(found: Sequence[Grants]) -> Document:
-    return {"grants": [{"place": each.place, "statements": list(each.statements)} for each in found]}
+def grants(role: str, found: Sequence[Grants]) -> Document:
+    listed = [
+        {"place": each.place, "role_exists": each.role_exists, "statements": list(each.statements)} for each in found
+    ]
+    return {"role": role, "grants": listed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
 
@@ -39,10 +40,17 @@ def run(
     timeout: Annotated[
         float | None, typer.Option(parser=seconds, metavar="D", help="Stop cleanly after 90s, 30m, 2h.")
     ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Copy and compare so many moves of the plan at once.")
+    ] = 1,
+    create_schema: Annotated[
+        bool, typer.Option("--create-schema", help="Make the tables that a target lacks, as the source has them.")
+    ] = False,
 ) -> None:
     """Copy, mirror and verify, from wherever it stands. Ctrl-C stops it cleanly; the same command goes on."""
     with _operator(desk, any_id, timeout_s=timeout) as (operator, moves):
-        operator.run(moves, State(until), on_error=on_error)
+        creating = replace(operator, creates_schema=create_schema)
+        creating.run(moves, State(until), on_error=on_error, parallel=parallel)
         _show_moves(desk, operator.config, operator.catalog, moves)
 
 
@@ -117,7 +125,7 @@ def _carry_out(desk: Desk, any_id: str, dry_run: bool, work: Callable[[Operator,
     """Runs a verb on the moves, and shows where they are then; of a dry run, the steps."""
     told: dict[str, list[str]] = {}
     watch = display.collected(lambda move, text: told.setdefault(move.id, []).append(text))
-    with _operator(desk, any_id, watch=watch if dry_run else display.watched) as (operator, moves):
+    with _operator(desk, any_id, watch=watch if dry_run else None) as (operator, moves):
         work(operator, moves)
         if dry_run:
             desk.show(documents.dry_run(moves, told), render.steps)
@@ -131,11 +139,11 @@ def _operator(
     any_id: str,
     *,
     timeout_s: float | None = None,
-    watch: Callable[[Move], AbstractContextManager[Progress]] = display.watched,
+    watch: Callable[[Move], AbstractContextManager[Progress]] | None = None,
 ) -> Iterator[tuple[Operator, Sequence[Move]]]:
     config = desk.config()
     with stoppable(timeout_s=timeout_s) as stop, desk.catalog(config) as catalog:
-        yield Operator(config, catalog, stop, watch), catalog.resolve(any_id)
+        yield Operator(config, catalog, stop, watch or display.Screen().watched), catalog.resolve(any_id)
 
 
 def _show_moves(desk: Desk, config: Config, catalog: Catalog, moves: Sequence[Move]) -> None:

@@ -16,7 +16,7 @@ from shardmove.cli.display import duration
 
 Document = Mapping[str, Any]
 
-_PASSED, _FAILED = "[green]✓[/green]", "[red]✗[/red]"
+_PASSED, _NOTED, _FAILED = "[green]✓[/green]", "[yellow]![/yellow]", "[red]✗[/red]"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
@@ -55,12 +55,57 @@ def routes(document: Document) -> RenderableType:
 
 
 def plan(document: Document) -> RenderableType:
-    rows = [(m["id"], ", ".join(m["ranges"]), m["source"], m["target"], m["state"]) for m in document["moves"]]
+    several = {move["keyspace"] for move in document["moves"]}
+    heads = (
+        *(["keyspace"] if len(several) > 1 else []),
+        "move",
+        "ranges",
+        "from",
+        "to",
+        "state",
+        "rows",
+        "size",
+        "time",
+    )
+    rows = [
+        (
+            *([move["keyspace"]] if len(several) > 1 else []),
+            *(move["id"], ", ".join(move["ranges"]), move["source"], move["target"], move["state"]),
+            *_expected(move["estimate"]),
+        )
+        for move in document["moves"]
+    ]
     return Group(
         f"plan [bold]{document['id']}[/bold]: {escape(document['description'])}",
-        _table(("move", "ranges", "from", "to", "state"), rows),
+        _table(heads, rows, right=("rows", "size", "time")),
+        *_estimated(document),
         f"next: shardmove preflight {document['id']}, then shardmove run {document['id']}",
     )
+
+
+def _expected(estimate: Document | None) -> Sequence[str]:
+    if estimate is None:
+        return ("?", "?", "?")
+    return f"~{estimate['rows']:,}", f"~{decimal(estimate['bytes'])}", f"~{duration(estimate['seconds'])}"
+
+
+_RATES: Mapping[str, str] = {"--rate": "as --rate says", "default": "a guess: no move was completed yet, see --rate"}
+
+
+def _estimated(document: Document) -> Iterable[str]:
+    """What it takes, and what could not be said."""
+    for reason in dict.fromkeys(move["estimate_error"] for move in document["moves"] if move["estimate_error"]):
+        yield f"not estimated: {escape(reason)}"
+    estimate = document["estimate"]
+    if estimate is not None:
+        rows, size, time = _expected(estimate)
+        whence = _RATES.get(estimate["rate_from"], f"as {estimate['rate_from']} did")
+        rate = f"{estimate['rate_rows_s']:,.0f} rows/s ({whence})"
+        order = " one after the other" if len(document["moves"]) > 1 else ""
+        yield f"in all {rows} rows, {size}, {time} of copying{order} at {rate}"
+    disk = [f"{shard} {decimal(needed)}" for shard, needed in document["disk_bytes"].items() if needed is not None]
+    if disk:
+        yield f"disk needed: {', '.join(disk)}"
 
 
 def checklists(document: Document) -> RenderableType:
@@ -68,12 +113,22 @@ def checklists(document: Document) -> RenderableType:
     for move in document["moves"]:
         lines.append(f"[bold]{move['id']}[/bold]")
         for check in move["checks"]:
-            lines.append(f"  {_PASSED if check['passed'] else _FAILED} {escape(check['check'])}")
-            if not check["passed"]:
-                lines.append(f"      {escape(check['problem'])}")
-            if check["hint"]:
-                lines.append(f"      [dim]how to fix:[/dim] {escape(check['hint'])}")
+            lines += _check(check)
     return Group(*lines)
+
+
+def _check(check: Document) -> list[str]:
+    mark = _FAILED if not check["passed"] else _NOTED if check["note"] else _PASSED
+    lines = [f"  {mark} {escape(check['check'])}"]
+    if check["problem"]:
+        lines.append(f"      {escape(check['problem'])}")
+    if check["note"]:
+        lines.append(f"      [dim]note:[/dim] {escape(check['note'])}")
+    if check["hint"]:
+        first, *others = check["hint"].splitlines()
+        lines.append(f"      [dim]{'what to do' if check['passed'] else 'how to fix'}:[/dim] {escape(first)}")
+        lines += [f"        {escape(other)}" for other in others]
+    return lines
 
 
 def steps(document: Document) -> RenderableType:
@@ -181,7 +236,12 @@ def objects(document: Document) -> RenderableType:
 
 
 def grants(document: Document) -> RenderableType:
+    """SQL: whatever is no statement is a comment, and no line is folded."""
     lines: list[str] = []
     for each in document["grants"]:
-        lines += [f"-- {each['place']}", *each["statements"]]
-    return Text("\n".join(lines))
+        lines.append(f"-- {each['place']}")
+        if not each["role_exists"]:
+            name = document["role"].replace('"', '""')
+            lines.append(f'-- the role is to be made first: CREATE ROLE "{name}" LOGIN;')
+        lines += each["statements"] or ["-- nothing is missing"]
+    return Text("\n".join(lines), no_wrap=True, overflow="ignore")

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
+from shardmove.coordinator import creating
 from shardmove.coordinator.drifting import accept_drift
 from shardmove.coordinator.hold import Hold
 from shardmove.coordinator.mirroring import MirrorThread
@@ -37,6 +38,7 @@ def copy(hold: Hold) -> None:
     _load_counters(hold)
     with mirror_beside(hold, Direction.FORWARD) as mirror:
         _Copying(hold, mirror).run()
+    creating.finish(hold)
     fence.set_whole(hold.target, hold.move.id, lease_number=hold.lease.number)
     points.reach("copying.after_whole")
     hold.tell_stats()

@@ -48,9 +48,11 @@ from shardmove.domain.errors import (
 from shardmove.domain.moves import Attempt, Direction, Outcome, State
 from shardmove.domain.routes import Routes, RouteTable
 from shardmove.postgres.connect import Connection, connect, explain
-from shardmove.postgres.introspect import Table, table_sql
+from shardmove.postgres.introspect import Table
+from shardmove.postgres.sql import table as relation
 from shardmove.protocol import drift, fence, ownership, sequences
 from shardmove.protocol.catch_up import Mirror
+from shardmove.protocol.families import members
 
 EDGES = {Direction.FORWARD: (State.READY, State.SWITCHED), Direction.BACK: (State.SWITCHED, State.READY)}
 LAG_PASSES_MAX = 10_000
@@ -431,15 +433,21 @@ def _patiently(step: Callable[[], T]) -> T:
 
 
 def lock_tables(connection: Connection, tables: Sequence[Table], *, lock_timeout_ms: int) -> None:
-    """ROW EXCLUSIVE on every moving table, for the rest of the transaction: writers pass, DDL and DISABLE TRIGGER wait.
+    """ROW EXCLUSIVE on every table that holds rows, for the rest of the transaction: writers pass, DDL and DISABLE
+    TRIGGER wait. On partitioned tables SHARE UPDATE EXCLUSIVE: ATTACH and DETACH take no stronger one there.
 
     The whole takes no longer than the timeout. Raises LockNotAvailable.
     """
     deadline = time.monotonic() + lock_timeout_ms / 1000
-    for table in tables:
+    modes = {
+        name: sql.SQL("SHARE UPDATE EXCLUSIVE") if is_partitioned else sql.SQL("ROW EXCLUSIVE")
+        for table in tables
+        for name, is_partitioned in members(connection, table)
+    }
+    for name, mode in modes.items():
         left_ms = max(1, int((deadline - time.monotonic()) * 1000))
         connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{left_ms}ms",))
-        connection.execute(sql.SQL("LOCK TABLE {} IN ROW EXCLUSIVE MODE").format(table_sql(table)))
+        connection.execute(sql.SQL("LOCK TABLE ONLY {} IN {} MODE").format(relation(name), mode))
 
 
 def _as_ours(error: BaseException) -> BaseException:

@@ -22,7 +22,8 @@ from shardmove.domain.errors import ServerChanged, ShardmoveError
 from shardmove.domain.moves import MIRRORED, Move, Outcome, Standing, State
 from shardmove.domain.routes import RouteTable
 from shardmove.postgres.connect import Connection, connect, explain
-from shardmove.protocol import drift, fence, objects
+from shardmove.postgres.introspect import table_oid
+from shardmove.protocol import capture, drift, fence, kept, objects, triggers
 
 APPLICATION_NAME = "shardmove diagnose"
 DRIFT_LOOKED_AT = MIRRORED - {State.COPYING}
@@ -141,6 +142,7 @@ class _Shard:
             yield from self._move(move)
         if everything:
             yield from self._left_over()
+            yield from self._kept_disabled()
             yield from self._kept(self.catalog.routes())
 
     def _missing(self, moves: Sequence[Move]) -> Iterator[Finding]:
@@ -172,7 +174,15 @@ class _Shard:
 
     def _armed(self, move: Move) -> Iterator[Finding]:
         tables = objects.load_tables(self.connection, move.id)
-        bare = [str(table.name) for table in tables if not objects.is_armed(self.connection, move.id, table)]
+        gone = [str(table.name) for table in tables if table_oid(self.connection, table.name) is None]
+        if gone:
+            yield Finding(
+                self.subject,
+                f"tables of move {move.id} are not there any more: {', '.join(gone)}",
+                "give them their names back",
+            )
+            return
+        bare = [str(table.name) for table in tables if not triggers.is_armed(self.connection, move.id, table)]
         if bare:
             yield Finding(
                 self.subject,
@@ -189,7 +199,7 @@ class _Shard:
     def _standing(self, move: Move, row: fence.FenceRow) -> Iterator[Finding]:
         """The shard's record against the catalog's, and against what writers meet."""
         writers_meet = fence.state(self.connection, move.id)
-        if row.is_open != (writers_meet == objects.OPEN):
+        if row.is_open != (writers_meet == capture.OPEN):
             yield Finding(
                 self.subject,
                 f"the fence of move {move.id} is {_opened(row.is_open)} by its row, and writers find it"
@@ -225,12 +235,28 @@ class _Shard:
                 self.subject, f"the {kind} {name} belongs to no move", "shardmove uninstall, once no move is unfinished"
             )
 
+        if objects.is_unfinished(self.connection) and not unfinished:
+            yield Finding(
+                self.subject,
+                "tables that a move made lack indexes and foreign keys",
+                "run what is in shardmove.later there, in the order of its numbers, then delete its rows",
+            )
+
+    def _kept_disabled(self) -> Iterator[Finding]:
+        """A kept fence that somebody switched off, on a table or on a partition alone, refuses nothing."""
+        for trigger, table in self.connection.execute(_KEPT_DISABLED).fetchall():
+            yield Finding(
+                self.subject,
+                f"the kept fence {trigger} on {table} is disabled: stray writes to ranges that were given away pass",
+                f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger}",
+            )
+
     def _kept(self, table: RouteTable) -> Iterator[Finding]:
         """A kept fence refuses writes for ever: never on the shard that the routes name."""
         for name, routes in table.keyspaces.items():
-            kept = objects.kept_ranges(self.connection, self.catalog.keyspace(name))
+            given = kept.kept_ranges(self.connection, self.catalog.keyspace(name))
             for route in routes.routes:
-                common = [str(r) for each in kept if (r := each.intersection(route.range)) is not None]
+                common = [str(r) for each in given if (r := each.intersection(route.range)) is not None]
                 if route.shard == self.name and route.move_id is None and common:
                     yield Finding(
                         self.subject,
@@ -243,11 +269,16 @@ def _opened(is_open: bool) -> str:
     return "open" if is_open else "closed"
 
 
+_KEPT_DISABLED = """
+    SELECT t.tgname, t.tgrelid::regclass::text FROM pg_catalog.pg_trigger t
+    WHERE pg_catalog.starts_with(t.tgname, 'shardmove_kept_') AND t.tgenabled <> 'A' ORDER BY 2, 1
+"""
+
 _STRAYS = sql.SQL("""
     SELECT 'trigger', t.tgname || ' on ' || t.tgrelid::regclass::text,
            pg_catalog.substring(t.tgname, '^shardmove_(m[0-9]+)_')
-    FROM pg_catalog.pg_trigger t WHERE pg_catalog.starts_with(t.tgname, 'shardmove_') AND NOT t.tgisinternal
-      AND NOT pg_catalog.starts_with(t.tgname, 'shardmove_kept_')
+    FROM pg_catalog.pg_trigger t WHERE pg_catalog.starts_with(t.tgname, 'shardmove_') AND t.tgparentid = 0
+      AND NOT t.tgisinternal AND NOT pg_catalog.starts_with(t.tgname, 'shardmove_kept_')
     UNION ALL
     SELECT CASE c.relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, c.oid::regclass::text,
            pg_catalog.substring(c.relname, '^(?:state|journal)_(m[0-9]+)')

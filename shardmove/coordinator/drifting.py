@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from shardmove.coordinator.checks.schema import SCHEMA
+from shardmove.coordinator.checks.site import Note, Site
 from shardmove.coordinator.hold import Hold
-from shardmove.coordinator.preflight import Site, schema_difference
 from shardmove.domain.errors import Refused
-from shardmove.postgres.introspect import Table, describe_all
-from shardmove.protocol import drift, objects
+from shardmove.postgres.introspect import Table, describe_both
+from shardmove.protocol import drift, objects, parts, triggers
 
 
 def is_drifted(hold: Hold) -> bool:
@@ -26,34 +27,48 @@ def accept_drift(hold: Hold) -> None:
     Does nothing where nothing changed.
 
     Raises:
-        Refused: the sides differ, or a table's keyset changed: batches and journal are cut by it. Nothing was changed.
+        Refused: the sides differ, a table is not of a kind any more that can be moved, or a table's keyset changed:
+            batches and journal are cut by it. Nothing was changed.
     """
     if not is_drifted(hold):
         return
-    problem = schema_difference(Site(hold.move, hold.source, hold.target))
-    if problem is not None:
-        raise Refused(f"move {hold.move.id}: {problem.message}", hint=problem.hint)
+    _require_movable(hold)
     tables = _described_anew(hold)
     hold.catalog.set_stats(hold.move.id, {"drifted": True}, hold.lease.number)
     for shard in (hold.move.source, hold.move.target):
         connection = hold.connection(shard)
-        part = objects.Part(hold.move, tables, is_source=shard == hold.move.source)
-        objects.install_triggers(connection, part, hold.patience, lease_number=hold.lease.number)
+        part = parts.Part(hold.move, tables, is_source=shard == hold.move.source)
+        triggers.install_triggers(connection, part, hold.patience, lease_number=hold.lease.number)
         with connection.transaction():
-            objects.hold_lease(connection, hold.move.id, hold.lease.number)
+            parts.hold_lease(connection, hold.move.id, hold.lease.number)
             objects.update_tables(connection, hold.move.id, tables)
             drift.record_fingerprint(connection, hold.move.id, tables, lease_number=hold.lease.number)
     hold.tables = tables
     hold.catalog.record("schema_changed", hold.move.id)
 
 
+def _require_movable(hold: Hold) -> None:
+    """What was asked of the tables when the move began is asked again."""
+    site = Site(hold.move, hold.source, hold.target, hold.config.limits)
+    for _, check in SCHEMA:
+        problem = check(site)
+        if problem is not None and not isinstance(problem, Note):
+            raise Refused(f"move {hold.move.id}: {problem.message}", hint=problem.hint)
+
+
 def _described_anew(hold: Hold) -> tuple[Table, ...]:
     """The tables with the columns that they have now, in the order and with the keysets that the move began with."""
-    now = {table.name: table for table in describe_all(hold.source, hold.move.keyspace.tables)}
-    changed = [str(old.name) for old in hold.tables if now[old.name].keyset != old.keyset]
+    before = {table.name: table for table in hold.tables}
+    described = describe_both(hold.source, hold.target, hold.move.keyspace.tables, keysets_of=before)
+    now = {table.name: table for table in described}
+    changed = [str(old.name) for old in hold.tables if _key(now[old.name]) != _key(old)]
     if changed:
         raise Refused(
             f"move {hold.move.id}: the key of {', '.join(changed)} that batches are cut by was changed",
             hint=f"restore it, or `shardmove rollback {hold.move.id}` and plan the move again",
         )
     return tuple(replace(now[old.name], keyset=old.keyset) for old in hold.tables)
+
+
+def _key(table: Table) -> list[tuple[str, str]]:
+    return [(column.name, column.type) for column in table.keyset]

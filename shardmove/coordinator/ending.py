@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from shardmove.coordinator import preflight
+from shardmove.coordinator import creating, preflight
 from shardmove.coordinator.cutover import cut_over
 from shardmove.coordinator.hold import Hold
 from shardmove.coordinator.steps import Step, StepRunner, perform, pretend
@@ -23,7 +23,7 @@ from shardmove.domain.routes import Routes
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval
-from shardmove.protocol import fence, objects
+from shardmove.protocol import fence, kept, objects, parts
 from workers.erase import EraseBatch
 
 # --- complete
@@ -129,6 +129,7 @@ def _retreat(hold: Hold) -> list[Step]:
         Step(f"triggers off: remove our objects from {source}", lambda: remove(hold, source)),
         Step(f"erase what was copied of {ranges} on {target}: reverse deletes", lambda: _reverse_deletes(hold)),
         Step(f"keep refusing writes on {target} where it ever owned the range", lambda: _keep_if_owned(hold)),
+        Step(f"finish the tables that were made on {target}", lambda: _finish_tables(hold)),
         Step(f"remove our objects from {target}", lambda: remove(hold, target)),
         Step("the move is rolled back", lambda: _roll_back_ends(hold)),
     ]
@@ -138,6 +139,12 @@ def _retire_target(hold: Hold) -> None:
     if objects.has_schema(hold.target) and fence.read(hold.target, hold.move.id) is not None:
         hold.tables = objects.load_tables(hold.target, hold.move.id)
         fence.retire(hold.target, hold.move.id, lease_number=hold.lease.number)
+
+
+def _finish_tables(hold: Hold) -> None:
+    """Tables that this move made stay, as whole as the source's: another move may use them already."""
+    if objects.has_schema(hold.target):
+        creating.finish(hold)
 
 
 def _reverse_deletes(hold: Hold) -> None:
@@ -164,7 +171,7 @@ def _keep_if_owned(hold: Hold) -> None:
     if row is None:
         return
     flipped = any(each.attempt.outcome is Outcome.FLIPPED for each in hold.catalog.attempts(hold.move.id))
-    parse = hold.move.keyspace.key_type.parse_range
+    parse = hold.move.keyspace.bound_type.parse_range
     ranges = hold.move.ranges if flipped else tuple(parse(text) for text in row.kept_before)
     if ranges:
         _keep(hold, hold.target, ranges)
@@ -207,9 +214,9 @@ def _roll_back_ends(hold: Hold) -> None:
 
 
 def _keep(hold: Hold, connection: Connection, ranges: Sequence[KeyRange]) -> None:
-    if not objects.has_ended(connection, hold.move.id):
+    if not parts.has_ended(connection, hold.move.id):
         points.reach("ending.before_keep")
-        objects.keep_fence(connection, hold.move, ranges, hold.tables, hold.patience, lease_number=hold.lease.number)
+        kept.keep_fence(connection, hold.move, ranges, hold.tables, hold.patience, lease_number=hold.lease.number)
 
 
 def _runner(hold: Hold, dry_run: bool) -> StepRunner:

@@ -14,7 +14,7 @@ from shardmove.catalog.leases import Lease
 from shardmove.catalog.store import Catalog
 from shardmove.config import Config
 from shardmove.coordinator.progress import Progress
-from shardmove.domain.errors import EpochConflict, Interrupted, LeaseLost, ServerChanged, Unreachable
+from shardmove.domain.errors import EpochConflict, Interrupted, LeaseLost, Refused, ServerChanged, Unreachable
 from shardmove.domain.moves import Direction, Move, State
 from shardmove.domain.routes import Routes
 from shardmove.postgres.connect import Connection, connect, translated
@@ -38,6 +38,7 @@ class Hold:
         heeds_pause: so it does when somebody pauses the move; off where the move was paused when the hold began.
         unsettled: why the newest attempt could not be carried out at the takeover: a server has changed. Only `run` may
             go on then: it compares both sides first.
+        creates_schema: tables that the target lacks are made there when the move begins.
         make_executor: who runs the workers' tasks; the process pool unless said otherwise.
     """
 
@@ -53,6 +54,7 @@ class Hold:
     _executor: Executor | None = None
     heeds_pause: bool = True
     unsettled: ServerChanged | None = None
+    creates_schema: bool = False
     _looked: float = 0.0
 
     @property
@@ -168,12 +170,14 @@ def hold(
     make_executor: Callable[[], Executor] | None = None,
     accepts_changed_servers: bool = False,
     target_is_lost: bool = False,
+    creates_schema: bool = False,
 ) -> Iterator[Hold]:
     """Takes the move's lease, makes both shards refuse every earlier holder, and settles what that one left undecided.
 
     Args:
         accepts_changed_servers: go on also where a server is not the one that the move began with; see `unsettled`.
         target_is_lost: go on also where the target does not answer.
+        creates_schema: see `Hold`.
 
     Raises:
         LeaseHeld: another coordinator is alive and has it.
@@ -191,6 +195,7 @@ def hold(
             stop or threading.Event(),
             progress or Progress(),
             make_executor or (lambda: _worker_processes(config.limits.workers)),
+            creates_schema=creates_schema,
         )
         try:
             _take_over(held, target_is_lost=target_is_lost)
@@ -247,5 +252,7 @@ def raise_number(held: Hold, shard: str) -> None:
             # Also where the former holder has made nothing yet: it may be about to.
             objects.install_schema(connection, held.catalog.cluster_id())
             fence.raise_number(connection, held.move.id, held.lease.number)
+    except Refused as error:
+        raise Refused(f"shard {shard}: {error.message}", hint=error.hint) from error
     except psycopg.OperationalError as error:
         raise Unreachable(f"shard {shard} does not answer: {str(error).strip()}") from error

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from shardmove.coordinator.hold import Hold
+from shardmove.coordinator import references
+from shardmove.coordinator.hold import Hold, raise_number
 from shardmove.domain import points
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import CATALOG, State
 from shardmove.domain.routes import Routes
 from shardmove.postgres.identity import identity
-from shardmove.postgres.introspect import describe_all, table_sql
-from shardmove.protocol import drift, fence, objects, sequences
+from shardmove.postgres.introspect import describe_both
+from shardmove.protocol import drift, objects, parts, sequences, triggers
 from shardmove.protocol.catch_up import in_move
 
 
@@ -31,19 +32,21 @@ def initialize(hold: Hold) -> None:
     """
     _record_identities(hold)
     for shard in (hold.move.source, hold.move.target):
-        objects.install_schema(hold.connection(shard), hold.catalog.cluster_id())
-        fence.raise_number(hold.connection(shard), hold.move.id, hold.lease.number)
-    described = objects.load_tables(hold.source, hold.move.id) or describe_all(hold.source, hold.move.keyspace.tables)
+        raise_number(hold, shard)
+    described = objects.load_tables(hold.source, hold.move.id) or describe_both(
+        hold.source, hold.target, hold.move.keyspace.tables
+    )
     for shard in (hold.move.target, hold.move.source):
-        part = objects.Part(hold.move, described, is_source=shard == hold.move.source)
+        part = parts.Part(hold.move, described, is_source=shard == hold.move.source)
         connection = hold.connection(shard)
         points.reach("initializing.before_objects")
         objects.install_move(connection, part, lease_number=hold.lease.number)
-        objects.install_triggers(connection, part, hold.patience, lease_number=hold.lease.number)
+        triggers.install_triggers(connection, part, hold.patience, lease_number=hold.lease.number)
         drift.record_fingerprint(connection, hold.move.id, described, lease_number=hold.lease.number)
         hold.check()
     hold.tables = described
     require_empty_target(hold)
+    references.copy_missing(hold)
     sequences.advance(hold.target, hold.source, hold.tables, margin=hold.config.limits.sequence_margin)
     points.reach("initializing.after_armed")
     hold.transition(State.COPYING, routes=lambda routes: marked(hold, routes))
@@ -74,7 +77,7 @@ def require_empty_target(hold: Hold) -> None:
     """Raises Refused where the target holds a row of the range. With its fence closed, none can come."""
     for table in hold.tables:
         found = hold.target.execute(
-            sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE {})").format(table_sql(table), in_move(hold.move, table))
+            sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE {})").format(table.rows, in_move(hold.move, table))
         ).fetchone()
         if found == (True,):
             raise Refused(

@@ -2,39 +2,53 @@
 
 A verb holds the move's lease while it is at it. Of a dry run the lease is the only trace: no state, route, error mark
 or row is another one afterwards.
+
+A plan may be done in part: the same verb goes on with the rest. Moves that it has nothing to do for, or that it cannot
+reach any more, are passed over, and that is said; a verb that can reach none of a plan's moves is refused.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Final, TypeAlias
 
 from shardmove.catalog.store import Catalog
 from shardmove.config import Config
 from shardmove.coordinator import ending, preflight
-from shardmove.coordinator.cutover import Report, cut_over
+from shardmove.coordinator.checks.servers import ANSWERS, not_answering
+from shardmove.coordinator.checks.site import CATALOG_PLACE, Site
+from shardmove.coordinator.cutover import EDGES, Report, cut_over
 from shardmove.coordinator.hold import Hold, hold
 from shardmove.coordinator.progress import Progress
-from shardmove.coordinator.run import ours, recorded, run
+from shardmove.coordinator.run import ARMED, ours, recorded, run
 from shardmove.coordinator.verifying import Verdict, compare_in_full, disregard_servers
 from shardmove.domain.errors import (
+    ConfigurationError,
     CutoverGaveUp,
     DifferencesFound,
+    Failed,
     Interrupted,
     LeaseHeld,
     LeaseLost,
     Refused,
+    SchemaDrift,
     ShardmoveError,
+    Unreachable,
 )
 from shardmove.domain.moves import Direction, Move, State
-from shardmove.postgres.connect import connect
+from shardmove.postgres.connect import Connection, connect
 from shardmove.protocol import fence
 
+ARMING = frozenset({State.PENDING, State.INITIALIZING})
 BEFORE_THE_CUTOVER = frozenset({State.INITIALIZING, State.COPYING, State.VERIFYING, State.READY})
 COMPARABLE = frozenset({State.VERIFYING, State.READY, State.SWITCHED})
+ENDED = frozenset({State.CLEANING, State.COMPLETED})
+GIVEN_UP = frozenset({State.ROLLING_BACK, State.ROLLED_BACK})
 
 
 class OnError(StrEnum):
@@ -46,41 +60,161 @@ class OnError(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """Which moves of a plan a verb is carried out on.
+
+    Attributes:
+        done: in these states there is nothing left to do for it.
+        missed: in these it would be refused; that keeps nobody from the other moves.
+    """
+
+    done: frozenset[State]
+    missed: frozenset[State]
+
+    def within(self, moves: Sequence[Move]) -> Sequence[Move]:
+        """The moves that are neither; where none is done and all are missed: all of them, to be refused."""
+        left = [move for move in moves if move.state not in self.done]
+        within = [move for move in left if move.state not in self.missed]
+        return within if within or len(left) < len(moves) else left
+
+
+RUN = Reach(done=frozenset({State.COMPLETED}), missed=frozenset({State.ROLLED_BACK}))
+COMPLETE = Reach(done=frozenset({State.COMPLETED}), missed=GIVEN_UP)
+ROLL_BACK = Reach(done=frozenset({State.ROLLED_BACK}), missed=ENDED)
+CUT_OVER = {
+    Direction.FORWARD: Reach(done=frozenset(), missed=ENDED | GIVEN_UP),
+    Direction.BACK: Reach(done=frozenset(), missed=frozenset(State) - {State.READY, State.SWITCHED}),
+}
+"""Also a move that was cut over already is gone to: its shards may not have taken the decision yet."""
+
+Failure: TypeAlias = tuple[Move, Exception]
+
+
+@dataclass(frozen=True, slots=True)
 class Operator:
     """Carries out verbs for somebody who may stop them.
 
     Attributes:
-        stop: once set, the step under way ends at its next safe place with Interrupted.
-        watch: shows the progress of a move for as long as its block lasts.
+        stop: once set, the steps under way end at their next safe place with Interrupted.
+        watch: shows the progress of a move for as long as its block lasts; of several at a time, too.
+        creates_schema: `run` makes the tables that a target lacks.
     """
 
     config: Config
     catalog: Catalog
     stop: threading.Event
     watch: Callable[[Move], AbstractContextManager[Progress]]
+    creates_schema: bool = False
 
-    def run(self, moves: Sequence[Move], goal: State, *, on_error: OnError = OnError.PAUSE) -> None:
-        """Brings each move to the goal. Raises what `run.run` raises; a rollback by `on_error` is told with it."""
+    # --- run
+
+    def run(self, moves: Sequence[Move], goal: State, *, on_error: OnError = OnError.PAUSE, parallel: int = 1) -> None:
+        """Brings each move to the goal, so many at a time as `parallel` says.
+
+        The first failure keeps the moves that wait from being started, and those beside it from going beyond `ready`,
+        which they are still brought to. Raises what `run.run` raises; of several errors the worst, which tells of the
+        others. A rollback by `on_error` is told with its error.
+        """
+        left = self._within(RUN, moves)
+        for first in range(0, len(left), parallel):
+            together = left[first : first + parallel]
+            failed = self._side_by_side(together, goal) if len(together) > 1 else self._in_order(together, goal)
+            if failed:
+                if on_error is OnError.ROLLBACK:
+                    failed = [(move, self._given_up(move, error)) for move, error in failed]
+                raise worst([error for _, error in failed], moves[0].plan_id)
+
+    def _side_by_side(self, moves: Sequence[Move], goal: State) -> list[Failure]:
+        """Copied and compared at once; armed before, and switched and completed after it, one after the other.
+
+        Our DDL does not wait in front of anybody for long: between the batches of another move on the same tables it
+        would never come to its turn.
+        """
+        failed = self._in_order([move for move in moves if move.state in ARMING], ARMED)
+        reached = [move for move in moves if self.catalog.move(move.id).state not in ARMING]
+        failed += self._at_once(reached, State.READY)
+        if self.creates_schema:
+            failed = self._reconciled(reached, failed)
+        return failed or ([] if goal is State.READY else self._in_order(moves, goal))
+
+    def _reconciled(self, moves: Sequence[Move], failed: Sequence[Failure]) -> list[Failure]:
+        """What one move makes on a target is DDL to the others there: they look anew once all is made."""
+        left = [failure for failure in failed if not isinstance(failure[1], SchemaDrift)]
+        failed_ids = {move.id for move, _ in left}
+        return left + self._in_order([move for move in moves if move.id not in failed_ids], State.READY)
+
+    def _in_order(self, moves: Sequence[Move], goal: State) -> list[Failure]:
+        """Ends with the first failure."""
         for move in moves:
-            with self._held(move, "run", accepts_changed_servers=True) as held:
-                try:
-                    run(held, goal)
-                except ShardmoveError as error:
-                    if on_error is OnError.ROLLBACK and _calls_for_rollback(held, error):
-                        _give_up(held, error)
-                    raise
+            error = self._tried(move, goal)
+            if error is not None:
+                return [(move, error)]
+        return []
+
+    def _at_once(self, moves: Sequence[Move], goal: State) -> list[Failure]:
+        """A thread a move, each with a catalog connection, a lease and workers of its own."""
+        if not moves:
+            return []
+        with ThreadPoolExecutor(len(moves), thread_name_prefix="move") as threads:
+            errors = list(threads.map(lambda move: self._tried_alone(move, goal), moves))
+        return [(move, error) for move, error in zip(moves, errors, strict=True) if error is not None]
+
+    def _tried_alone(self, move: Move, goal: State) -> Exception | None:
+        try:
+            with Catalog.connect(self.config.catalog_dsn, routes_file=self.config.routes_file) as catalog:
+                return replace(self, catalog=catalog)._tried(move, goal)
+        except ShardmoveError as error:
+            return error
+
+    def _tried(self, move: Move, goal: State) -> Exception | None:
+        try:
+            with self._held(move, "run", accepts_changed_servers=True, creates_schema=self.creates_schema) as held:
+                run(held, goal)
+        except Exception as error:
+            return error
+        return None
+
+    def _given_up(self, move: Move, error: Exception) -> Exception:
+        """Rolls back where the error calls for it; returns the error, with that news in it."""
+        if not isinstance(error, ShardmoveError) or isinstance(error, NO_REASON_TO_GIVE_UP):
+            return error
+        try:
+            with self._held(move, "rollback") as held:
+                if held.move.state not in BEFORE_THE_CUTOVER:
+                    return error
+                with recorded(held):
+                    ending.roll_back(held)
+        except ShardmoveError as second:
+            return type(error)(f"{error.message}; it could not be rolled back: {second.message}", hint=second.hint)
+        return type(error)(f"{error.message}; it was rolled back", hint=error.hint)
+
+    def _within(self, reach: Reach, moves: Sequence[Move]) -> Sequence[Move]:
+        """The moves to go to; says which are passed over."""
+        within = reach.within(moves)
+        for move in moves:
+            if move not in within:
+                with self.watch(move) as progress:
+                    progress.step(f"passed over: the move is {move.state}")
+        return within
+
+    # --- the other verbs
 
     def cut_over(self, moves: Sequence[Move], direction: Direction, *, dry_run: bool = False) -> list[Report]:
         """Cuts each move over. Raises what `cutover.cut_over` raises; moves before that one stay cut over."""
+        reach, (_, after) = CUT_OVER[direction], EDGES[direction]
+        if dry_run:
+            reach = replace(reach, missed=reach.missed | {after})
         reports = []
-        for move in moves:
+        for move in self._within(reach, moves):
             with self._begun(move, f"cut over {direction}", dry_run) as held:
+                if held.move.state is after:
+                    held.progress.step(f"nothing to do: it is {after}")
                 reports.append(cut_over(held, direction, dry_run=dry_run))
         return reports
 
     def complete(self, moves: Sequence[Move], *, dry_run: bool = False) -> None:
         """Completes each move. Raises what `ending.complete` raises."""
-        for move in moves:
+        for move in self._within(COMPLETE, moves):
             with self._begun(move, "complete", dry_run) as held:
                 ending.complete(held, dry_run=dry_run)
 
@@ -91,7 +225,7 @@ class Operator:
             target_is_lost: leave the target out of it: it will never answer again.
         """
         give_up = ending.roll_back_without_target if target_is_lost else ending.roll_back
-        for move in reversed(moves):
+        for move in reversed(self._within(ROLL_BACK, moves)):
             with (
                 self._held(move, "rollback", target_is_lost=target_is_lost) as held,
                 _told(held, dry_run),
@@ -118,7 +252,13 @@ class Operator:
 
     @contextmanager
     def _held(
-        self, move: Move, verb: str, *, accepts_changed_servers: bool = False, target_is_lost: bool = False
+        self,
+        move: Move,
+        verb: str,
+        *,
+        accepts_changed_servers: bool = False,
+        target_is_lost: bool = False,
+        creates_schema: bool = False,
     ) -> Iterator[Hold]:
         with (
             self.watch(move) as progress,
@@ -131,6 +271,7 @@ class Operator:
                 progress=progress,
                 accepts_changed_servers=accepts_changed_servers,
                 target_is_lost=target_is_lost,
+                creates_schema=creates_schema,
             ) as held,
         ):
             yield held
@@ -147,18 +288,25 @@ def _told(held: Hold, dry_run: bool) -> AbstractContextManager[None]:
     return ours(f"move {held.move.id}") if dry_run else recorded(held)
 
 
-def _calls_for_rollback(held: Hold, error: ShardmoveError) -> bool:
-    """Nobody interrupted it, nobody else is at it, and the range is the source's still."""
-    if isinstance(error, (Interrupted, LeaseHeld, LeaseLost, CutoverGaveUp)):
-        return False
-    return held.move.state in BEFORE_THE_CUTOVER
+NO_REASON_TO_GIVE_UP: Final = (Interrupted, LeaseHeld, LeaseLost, CutoverGaveUp)
+"""Nobody meant the move to end: it was interrupted, or somebody else is at it, or it can go on at a better time."""
+
+_MILDEST_FIRST: Final = (Interrupted, Refused, ConfigurationError, Failed, DifferencesFound)
 
 
-def _give_up(held: Hold, error: ShardmoveError) -> None:
-    """Rolls back, then raises the error with that news in it."""
-    with recorded(held):
-        ending.roll_back(held)
-    raise type(error)(f"{error.message}; it was rolled back", hint=error.hint) from error
+def worst(errors: Sequence[Exception], plan_id: str) -> Exception:
+    """The worst one, with the others in its words; an error that nobody foresaw is worse than all."""
+    chosen = max(errors, key=_badness)
+    if len(errors) == 1 or not isinstance(chosen, ShardmoveError):
+        return chosen
+    others = "; ".join(str(error) for error in errors if error is not chosen)
+    hint = f"`shardmove run {plan_id}` goes on from there" if isinstance(chosen, Interrupted) else chosen.hint
+    return type(chosen)(f"{chosen.message}; and {others}", hint=hint)
+
+
+def _badness(error: Exception) -> int:
+    kinds = (number for number, kind in enumerate(_MILDEST_FIRST) if isinstance(error, kind))
+    return next(kinds, len(_MILDEST_FIRST))
 
 
 def require_comparable(move: Move) -> None:
@@ -189,11 +337,23 @@ def require_all_equal(moves: Sequence[Move], verdicts: Sequence[Verdict]) -> Non
 
 
 def checklist(config: Config, move: Move) -> list[preflight.Line]:
-    """Every check of a move, over connections of its own. Changes nothing. Raises Unreachable."""
-    name = fence.application_name(move.id)
-    with (
-        connect(config.shard_dsn(move.source), application_name=name) as source,
-        connect(config.shard_dsn(move.target), application_name=name) as target,
-        ours(f"move {move.id}"),
-    ):
-        return preflight.checklist(preflight.Site(move, source, target, config.limits.sequence_margin))
+    """Every check of a move, over connections of its own; where somebody does not answer, that line alone.
+
+    Changes nothing. Raises Unreachable where a connection is lost meanwhile.
+    """
+    reached: dict[str, Connection] = {}
+    silent: dict[str, str] = {}
+    databases = [(shard, config.shard_dsn(shard)) for shard in (move.source, move.target)]
+    with ExitStack() as opened, ours(f"move {move.id}"):
+        for place, dsn in [*databases, (CATALOG_PLACE, config.catalog_dsn)]:
+            try:
+                connection = connect(dsn, application_name=fence.application_name(move.id))
+            except Unreachable as error:
+                silent[place] = error.message
+            else:
+                reached[place] = opened.enter_context(connection)
+        if silent:
+            return [preflight.Line(ANSWERS, not_answering(silent))]
+        return preflight.checklist(
+            Site(move, reached[move.source], reached[move.target], config.limits, reached[CATALOG_PLACE])
+        )

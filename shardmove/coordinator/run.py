@@ -7,18 +7,24 @@ from contextlib import contextmanager, suppress
 
 import psycopg
 
-from shardmove.coordinator import copying, ending, initializing, preflight, verifying
+from shardmove.coordinator import copying, creating, ending, initializing, preflight, verifying
+from shardmove.coordinator.checks.schema import schema_difference
+from shardmove.coordinator.checks.site import Problem, Site
 from shardmove.coordinator.cutover import cut_over
 from shardmove.coordinator.hold import Hold
-from shardmove.domain.errors import Failed, Interrupted, LeaseLost, Refused, ShardmoveError
+from shardmove.domain.errors import Failed, Interrupted, LeaseLost, Refused, SchemaDrift, ShardmoveError
 from shardmove.domain.moves import Direction, State
-from shardmove.postgres.connect import explain, translated
+from shardmove.postgres.connect import explain, is_unreachable, translated
 
 GOALS = (State.READY, State.SWITCHED, State.COMPLETED)
+ARMED = State.COPYING
+"""A goal, too: both sides are armed, and the first batch is not yet copied."""
 
 
 def _begin(hold: Hold) -> None:
-    preflight.require(preflight.Site(hold.move, hold.source, hold.target, hold.config.limits.sequence_margin))
+    if hold.creates_schema:
+        creating.create_missing(hold)
+    preflight.require(Site(hold.move, hold.source, hold.target, hold.config.limits))
     initializing.begin(hold)
 
 
@@ -38,10 +44,9 @@ STEPS: Mapping[State, Callable[[Hold], None]] = {
 }
 """One function a state: it leads to the next state, or raises and leaves everything to be repeated."""
 
+_FORWARD = (State.COPYING, State.VERIFYING, State.READY, State.SWITCHED, State.CLEANING, State.COMPLETED)
 _BEYOND: Mapping[State, frozenset[State]] = {
-    State.READY: frozenset({State.READY, State.SWITCHED, State.CLEANING, State.COMPLETED}),
-    State.SWITCHED: frozenset({State.SWITCHED, State.CLEANING, State.COMPLETED}),
-    State.COMPLETED: frozenset({State.COMPLETED}),
+    goal: frozenset(_FORWARD[_FORWARD.index(goal) :]) for goal in (ARMED, *GOALS)
 }
 
 
@@ -55,13 +60,14 @@ def run(hold: Hold, goal: State) -> None:
         whatever a step raises; what that step had committed stays, and is found again by the next run.
     """
     preflight.require_unpaused(hold.move)
-    with recorded(hold):
+    with recorded(hold), explained(hold):
         verifying.accept_servers(hold)
+        verifying.compare_anew_if_drifted(hold)  # a step of these states would only say that it has to be done
         while not _arrived(hold.move.state, goal):
             hold.check()
             STEPS[hold.move.state](hold)
             hold.refresh()
-        verifying.compare_anew_if_drifted(hold)
+            verifying.compare_anew_if_drifted(hold)
     if hold.move.state is State.ROLLED_BACK:
         raise Refused(f"move {hold.move.id} was rolled back", hint="plan it again")
 
@@ -70,6 +76,35 @@ def _arrived(state: State, goal: State) -> bool:
     if state is State.CLEANING:
         return False  # half an ending helps nobody
     return state.is_final or state in _BEYOND[goal]
+
+
+@contextmanager
+def explained(hold: Hold) -> Iterator[None]:
+    """Where the block fails and the two schemas have come apart, that is the error: what failed is a symptom of it.
+
+    A mirror or a batch that meets a label, a column or a partition that only one side has says nothing of that.
+    """
+    try:
+        yield
+    except (Interrupted, LeaseLost, Refused):
+        raise
+    except (ShardmoveError, psycopg.Error) as error:
+        difference = None if is_unreachable(error) else _difference(hold)
+        if difference is None:
+            raise
+        raise SchemaDrift(
+            f"move {hold.move.id}: {difference.message} (it stopped at: {_words(error)})", hint=difference.hint
+        ) from error
+
+
+def _difference(hold: Hold) -> Problem | None:
+    with suppress(ShardmoveError, psycopg.Error):  # what failed first says more
+        return schema_difference(Site(hold.move, hold.source, hold.target))
+    return None
+
+
+def _words(error: ShardmoveError | psycopg.Error) -> str:
+    return error.message if isinstance(error, ShardmoveError) else explain(error)
 
 
 @contextmanager

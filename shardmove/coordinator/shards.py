@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from psycopg import sql
-
 from shardmove.config import Config
+from shardmove.coordinator.checks.privileges import ON_SHARDS, Grantee, Need, Right, catalog, connecting, statistics
+from shardmove.coordinator.checks.site import CATALOG_PLACE
 from shardmove.domain.errors import ShardmoveError, Unreachable
-from shardmove.domain.moves import TableName
-from shardmove.postgres.connect import Connection, connect, safe_dsn, translated
+from shardmove.postgres.connect import connect, safe_dsn, translated
 
 APPLICATION_NAME = "shardmove"
-PARAMETER_GRANTS_SINCE = 150000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,51 +50,43 @@ def require_answers(answers: list[Answer]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Grants:
-    """Statements for one database; `place` is a shard's name, or `catalog`."""
+    """Statements for one database; `place` is a shard's name, or `catalog`. The role may have yet to be made there."""
 
     place: str
+    role_exists: bool
     statements: tuple[str, ...]
 
 
-def grants(config: Config, role: str) -> list[Grants]:
-    """The SQL that gives a role the least it needs, per database. Runs none of it. Raises Unreachable."""
+def grants(config: Config, role: str, *, place: str | None = None, everything: bool = False) -> list[Grants]:
+    """The SQL that gives a role the rights that it lacks, per database. Runs none of it.
+
+    Args:
+        place: only this shard, or the catalog.
+        everything: what it holds already, too.
+
+    Raises Unreachable, NotFound (no such place).
+    """
+    if place not in (None, CATALOG_PLACE):
+        config.shard_dsn(place)
     found = []
-    with connect(config.catalog_dsn, application_name=APPLICATION_NAME) as connection:
-        found.append(Grants("catalog", (_create_on_database(connection, role),)))
-    for shard, dsn in config.shards.items():
-        with connect(dsn, application_name=APPLICATION_NAME) as connection, translated(f"shard {shard}"):
-            found.append(Grants(shard, tuple(_shard_grants(connection, config, role))))
+    for name, dsn in [(CATALOG_PLACE, config.catalog_dsn), *config.shards.items()]:
+        if place in (None, name):
+            with connect(dsn, application_name=APPLICATION_NAME) as connection, translated(name):
+                if name == CATALOG_PLACE:
+                    found.append(_grants(name, Grantee.of(connection, (), role), [connecting, catalog], everything))
+                else:
+                    grantee = Grantee.of(connection, config.keyspaces.values(), role)
+                    needs = [connecting, *ON_SHARDS.values(), statistics]
+                    found.append(_grants(name, grantee, needs, everything))
     return found
 
 
-def _shard_grants(connection: Connection, config: Config, role: str) -> Iterator[str]:
-    yield _create_on_database(connection, role)
-    for owner in _owners(connection, config):
-        if owner != role:  # whoever makes triggers on a table has to own it, or be a member of who does
-            yield _statement("GRANT {} TO {};", owner, role)
-    if connection.info.server_version >= PARAMETER_GRANTS_SINCE:
-        yield _statement("GRANT SET ON PARAMETER session_replication_role TO {};", role)
-    else:
-        yield "-- tables with foreign keys or user triggers need a superuser before PostgreSQL 15"
-    # Else the transactions of other roles that a closing would wait for are not seen beforehand.
-    yield _statement("GRANT pg_read_all_stats TO {};", role)
+def _grants(place: str, grantee: Grantee, needs: Sequence[Need], everything: bool) -> Grants:
+    rights = [right for need in needs for right in need(grantee) if everything or not right.held]
+    return Grants(place, grantee.exists, tuple(dict.fromkeys(_statement(right) for right in rights)))
 
 
-def _create_on_database(connection: Connection, role: str) -> str:
-    return _statement("GRANT CREATE ON DATABASE {} TO {};", connection.info.dbname, role)
-
-
-def _statement(template: str, *names: str) -> str:
-    return template.format(*(sql.Identifier(name).as_string() for name in names))
-
-
-def _owners(connection: Connection, config: Config) -> list[str]:
-    """Who owns the tables of the keyspaces here, each once."""
-    tables: list[TableName] = [table for keyspace in config.keyspaces.values() for table in keyspace.tables]
-    rows = connection.execute(
-        "SELECT DISTINCT pg_catalog.pg_get_userbyid(c.relowner)::text FROM pg_catalog.pg_class c"
-        " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE (n.nspname, c.relname) IN (SELECT * FROM unnest(%s::text[], %s::text[])) ORDER BY 1",
-        ([table.schema for table in tables], [table.name for table in tables]),
-    ).fetchall()
-    return [row[0] for row in rows]
+def _statement(right: Right) -> str:
+    if right.makes_superuser:  # nobody becomes a superuser by a pipe into psql
+        return f"-- before PostgreSQL 15 only a superuser may {right.what}: {right.statement}"
+    return right.statement

@@ -17,7 +17,7 @@ from shardmove.config import Config
 from shardmove.domain.errors import ShardmoveError
 from shardmove.domain.moves import MIRRORED, Move, State
 from shardmove.postgres.connect import Connection, connect
-from shardmove.protocol import fence, objects
+from shardmove.protocol import fence, objects, parts
 
 
 def status(config: Config, catalog: Catalog, move: Move) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _backlog(move: Move, opened: Callable[[str], Connection | None]) -> int | No
         return 0 if owner is not None else None
     total = 0
     for ordinal, _ in enumerate(objects.load_tables(owner, move.id), 1):
-        row = owner.execute(sql.SQL("SELECT count(*) FROM {}").format(objects.journal(move.id, ordinal))).fetchone()
+        row = owner.execute(sql.SQL("SELECT count(*) FROM {}").format(parts.journal(move.id, ordinal))).fetchone()
         total += row[0] if row else 0
     return total
 

@@ -33,12 +33,13 @@ class Item:
     name: str
 
 
+# Without the clones on partitions: they come and go with what they were cloned from.
 _TRIGGERS = """
     SELECT n.nspname, c.relname, t.tgname
     FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace
-    WHERE NOT t.tgisinternal AND f.nspname = 'shardmove' ORDER BY 1, 2, 3
+    WHERE NOT t.tgisinternal AND t.tgparentid = 0 AND f.nspname = 'shardmove' ORDER BY 1, 2, 3
 """
 
 _IN_SCHEMA = """
@@ -58,7 +59,8 @@ def uninstall(config: Config, catalog: Catalog, *, dry_run: bool, tell: Callable
     Returns what was there; `tell` hears each step.
 
     Raises:
-        Refused: a move is unfinished, or a shard belongs to another catalog. Nothing was removed.
+        Refused: a move is unfinished, tables that one made are, or a shard belongs to another catalog or was touched by
+            a newer release. Nothing was removed.
         Unreachable: a shard does not answer. Nothing was removed.
         Failed: a table could not be locked. What was removed before stays removed; run it again.
     """
@@ -96,6 +98,11 @@ def _require_ours(shard: str, connection: Connection, cluster_id: str) -> None:
         objects.check_schema(connection, cluster_id)
     except Refused as error:
         raise Refused(f"shard {shard}: {error.message}", hint=error.hint) from error
+    if objects.is_unfinished(connection):
+        raise Refused(
+            f"shard {shard}: tables that a move made lack indexes and foreign keys, and we alone know which",
+            hint="run what is in shardmove.later there, in the order of its numbers, then delete its rows",
+        )
 
 
 def _on_shard(shard: str, connection: Connection) -> Iterator[Item]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from psycopg import sql
 
+from shardmove.coordinator import references
 from shardmove.coordinator.copying import mirror_beside
 from shardmove.coordinator.drifting import accept_drift, is_drifted
 from shardmove.coordinator.hold import Hold, settle_newest
@@ -16,7 +17,7 @@ from shardmove.domain.errors import DifferencesFound, ServerChanged
 from shardmove.domain.moves import CATALOG, Direction, Standing, State
 from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import Table
-from shardmove.protocol import fence, objects
+from shardmove.protocol import fence, parts
 from shardmove.verify.comparison import Sides, TableComparison, compare
 
 
@@ -27,6 +28,11 @@ class Verdict:
     tables: Sequence[TableComparison]
     elapsed_s: float
     repaired: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the range on the owner; those of reference tables do not count."""
+        return sum(table.rows_owner for table in self.tables if table.table.keyset)
 
     @property
     def equal(self) -> bool:
@@ -49,10 +55,10 @@ def verify(hold: Hold) -> None:
     points.reach("verifying.after_comparison")
     hold.catalog.set_stats(
         hold.move.id,
-        {"rows_verified": sum(table.rows_owner for table in verdict.tables), "drifted": False},
+        {"rows_verified": verdict.rows, "drifted": False},
         hold.lease.number,
     )
-    hold.transition(State.READY, rows=sum(table.rows_owner for table in verdict.tables), repaired=verdict.repaired)
+    hold.transition(State.READY, rows=verdict.rows, repaired=verdict.repaired)
 
 
 def require_equal(hold: Hold, verdict: Verdict) -> None:
@@ -105,6 +111,7 @@ def _once(hold: Hold, repaired: int) -> Verdict:
             mirror.check()
 
         found = compare(sides, hold.executor, hold.config.limits, check=check, on_rows=on_rows)
+    found += references.compare(hold)
     return Verdict(found, time.monotonic() - started, repaired)
 
 
@@ -117,8 +124,8 @@ def mark_dirty(hold: Hold, tables: Sequence[TableComparison]) -> int:
             continue
         names = sql.SQL(", ").join(sql.Identifier(column.name) for column in each.table.keyset)
         owner.execute(
-            sql.SQL("INSERT INTO {} ({}) SELECT * FROM {}").format(
-                objects.journal(hold.move.id, ordinal), names, each.table.unnested(each.keys)
+            sql.SQL("INSERT INTO {} ({}) {}").format(
+                parts.journal(hold.move.id, ordinal), names, each.table.unnested(each.keys)
             )
         )
         marked += len(each.keys)

@@ -1,20 +1,34 @@
 """Keys and key ranges.
 
-A key range is half-open, `[lower, upper)`; `None` is an open end. Its text form is `L:U`, an open end is empty.
-Key types know how to read a key, which keys exist, and which PostgreSQL type carries them; ranges never look inside.
+A key is a Python value that sorts as PostgreSQL sorts the key's type: int, str (by code points, which is the order of
+collation "C" in UTF-8), UUID, date, datetime in UTC. A key range is half-open, `[lower, upper)`; `None` is an open end.
+
+Its text form is `L:U`, an open end is empty; an end that holds a colon, a quote or outer blanks stands in double
+quotes, a quote within doubled: `"2026-01-01 00:00:00+00:00":`. Key types know how to read a key, which keys exist, and
+which PostgreSQL type carries them; ranges never look inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, Protocol
+from uuid import UUID
 
 from shardmove.domain.errors import ConfigurationError
 
-Key: TypeAlias = int  # the integer schemes; other key types widen this alias
+
+class Key(Protocol):
+    """A value that sorts among its kind: int, str, UUID, date or datetime; never two kinds in one keyspace."""
+
+    def __lt__(self, other: Any, /) -> bool: ...
+    def __le__(self, other: Any, /) -> bool: ...
+    def __gt__(self, other: Any, /) -> bool: ...
+    def __ge__(self, other: Any, /) -> bool: ...
 
 
 class KeyType(StrEnum):
@@ -23,33 +37,134 @@ class KeyType(StrEnum):
     SMALLINT = "smallint"
     INTEGER = "integer"
     BIGINT = "bigint"
+    TEXT = "text"
+    UUID = "uuid"
+    DATE = "date"
+    TIMESTAMPTZ = "timestamptz"
 
     @property
-    def bounds(self) -> tuple[int, int]:
-        """The smallest and the largest key, both inclusive."""
-        bits = {KeyType.SMALLINT: 15, KeyType.INTEGER: 31, KeyType.BIGINT: 63}[self]
-        return -(2**bits), 2**bits - 1
+    def least(self) -> Key | None:
+        """The smallest key, where a range can name it; dates and times begin at -infinity, which no range names."""
+        return _LEAST.get(self)
 
     def parse(self, text: str) -> Key:
         """Reads one key. Raises ConfigurationError where the text is no key of this type."""
         try:
-            key = int(text.strip())
+            return _READ[self](text)
         except ValueError:
-            raise ConfigurationError(f"{text!r} is not a key of type {self}") from None
-        smallest, largest = self.bounds
-        if not smallest <= key <= largest:
-            raise ConfigurationError(f"key {key} does not fit into {self} ({smallest} to {largest})")
-        return key
+            raise ConfigurationError(f"{text!r} is not a key of type {self}", hint=_HOW.get(self)) from None
 
     def parse_range(self, text: str) -> KeyRange:
         """Reads `L:U`. Raises ConfigurationError for anything else, and for an empty range."""
-        lower, colon, upper = text.partition(":")
-        if not colon:
-            raise ConfigurationError(f"{text!r} is not a key range", hint="write L:U; an open end is empty, e.g. 100:")
+        found = _RANGE.fullmatch(text)
+        if found is None:
+            raise ConfigurationError(
+                f"{text!r} is not a key range",
+                hint='write L:U; an open end is empty, e.g. 100: ; an end with a colon in it stands in "double quotes"',
+            )
+        lower, upper = (_read_end(self, quoted, plain) for quoted, plain in (found.group(1, 2), found.group(3, 4)))
+        if upper is not None and upper == self.least:
+            raise ConfigurationError(f"the key range {text} is empty: no key is below its upper end")
+        return KeyRange(None if lower == self.least else lower, upper)
+
+    def range_of(self, lower: str | None, upper: str | None) -> KeyRange:
+        """A range from its ends as `key_text` wrote them; None is an open end."""
         return KeyRange(
-            self.parse(lower) if lower.strip() else None,
-            self.parse(upper) if upper.strip() else None,
+            None if lower is None else self.parse(lower),
+            None if upper is None else self.parse(upper),
         )
+
+    def successor(self, key: Key) -> Key | None:
+        """The next key; None after the last one. `[key, successor)` holds this key alone.
+
+        Raises ConfigurationError where the next key exists and cannot be written: after the year 9999.
+        """
+        match key:
+            case str():
+                return key + "\x01"  # PostgreSQL's texts hold no character 0
+            case int():
+                return None if key == _BOUNDS[self][1] else key + 1
+            case UUID():
+                return None if key.int == 2**128 - 1 else UUID(int=key.int + 1)
+            case date():  # a datetime is one too
+                step = timedelta(microseconds=1) if isinstance(key, datetime) else timedelta(days=1)
+                try:
+                    return key + step
+                except OverflowError:
+                    raise ConfigurationError(f"there is no key after {key} that a range could name") from None
+            case _:
+                raise ConfigurationError(f"{key!r} is not a key of type {self}")
+
+
+_BOUNDS: Mapping[KeyType, tuple[int, int]] = {
+    type_: (-(2**bits), 2**bits - 1)
+    for type_, bits in ((KeyType.SMALLINT, 15), (KeyType.INTEGER, 31), (KeyType.BIGINT, 63))
+}
+_LEAST: Mapping[KeyType, Key] = {
+    **{type_: smallest for type_, (smallest, _) in _BOUNDS.items()},
+    KeyType.TEXT: "",
+    KeyType.UUID: UUID(int=0),
+}
+
+
+def _read_integer(type_: KeyType, text: str) -> int:
+    key = int(text.strip())
+    smallest, largest = _BOUNDS[type_]
+    if not smallest <= key <= largest:
+        raise ConfigurationError(f"key {key} does not fit into {type_} ({smallest} to {largest})")
+    return key
+
+
+def _read_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(text)
+    text.encode()  # a lone surrogate is no text
+    return text
+
+
+def _read_datetime(text: str) -> datetime:
+    key = datetime.fromisoformat(text.strip())
+    if key.tzinfo is None:
+        raise ValueError(text)
+    return key.astimezone(UTC)
+
+
+_READ: Mapping[KeyType, Callable[[str], Key]] = {
+    KeyType.SMALLINT: lambda text: _read_integer(KeyType.SMALLINT, text),
+    KeyType.INTEGER: lambda text: _read_integer(KeyType.INTEGER, text),
+    KeyType.BIGINT: lambda text: _read_integer(KeyType.BIGINT, text),
+    KeyType.TEXT: _read_text,
+    KeyType.UUID: lambda text: UUID(text.strip()),
+    KeyType.DATE: lambda text: date.fromisoformat(text.strip()),
+    KeyType.TIMESTAMPTZ: _read_datetime,
+}
+_HOW: Mapping[KeyType, str] = {
+    KeyType.DATE: "write YYYY-MM-DD",
+    KeyType.TIMESTAMPTZ: "write YYYY-MM-DD HH:MM:SS+00:00, with its offset",
+}
+
+_END = r'\s*(?:"((?:[^"]|"")*)"|([^":]*))\s*'
+_RANGE = re.compile(f"{_END}:{_END}", re.DOTALL)
+
+
+def _read_end(type_: KeyType, quoted: str | None, plain: str | None) -> Key | None:
+    if quoted is not None:
+        return type_.parse(quoted.replace('""', '"'))
+    return type_.parse(plain.strip()) if plain and plain.strip() else None
+
+
+def key_text(key: Key) -> str:
+    """The key as PostgreSQL and `KeyType.parse` read it."""
+    return key.isoformat(sep=" ") if isinstance(key, datetime) else str(key)
+
+
+def end_text(end: Key | None) -> str:
+    """An end as it stands in a range's text: empty where it is open, in quotes where it has to be."""
+    if end is None:
+        return ""
+    text = key_text(end)
+    plain = text and ":" not in text and '"' not in text and text == text.strip()
+    return text if plain else '"' + text.replace('"', '""') + '"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +179,20 @@ class KeyRange:
             raise ConfigurationError(f"the key range {self} is empty: its lower end is not below its upper end")
 
     def __str__(self) -> str:
-        return f"{'' if self.lower is None else self.lower}:{'' if self.upper is None else self.upper}"
+        return f"{end_text(self.lower)}:{end_text(self.upper)}"
+
+    @property
+    def ends(self) -> tuple[str | None, str | None]:
+        """The ends as text, None where the range is open: what `KeyType.range_of` reads."""
+        return (
+            None if self.lower is None else key_text(self.lower),
+            None if self.upper is None else key_text(self.upper),
+        )
 
     @property
     def position(self) -> tuple[bool, Key]:
         """Sorts ranges by their lower ends; the range without one comes first."""
-        return self.lower is not None, self.lower or 0
+        return self.lower is not None, 0 if self.lower is None else self.lower
 
     def __contains__(self, key: Key) -> bool:
         return (self.lower is None or key >= self.lower) and (self.upper is None or key < self.upper)

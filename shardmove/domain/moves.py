@@ -10,13 +10,15 @@ unattended are marks beside the state, never states.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from shardmove.domain.errors import IllegalTransition
-from shardmove.domain.keys import KeyRange, KeyType
+from shardmove.domain import hashing
+from shardmove.domain.errors import ConfigurationError, IllegalTransition
+from shardmove.domain.keys import Key, KeyRange, KeyType
 
 
 class State(StrEnum):
@@ -90,6 +92,10 @@ class Outcome(StrEnum):
     ABANDONED = "abandoned"
 
 
+_PART = r'"(?:[^"]|"")+"|[^".]+'
+_TABLE_NAME = re.compile(rf"(?:({_PART})\.)?({_PART})")
+
+
 @dataclass(frozen=True, slots=True)
 class TableName:
     schema: str
@@ -97,12 +103,35 @@ class TableName:
 
     @classmethod
     def parse(cls, text: str) -> TableName:
-        """`name` or `schema.name`; the schema is `public` where it is not said."""
-        schema, dot, name = text.rpartition(".")
-        return cls(schema if dot else "public", name)
+        """`name` or `schema.name`, upper and lower case as written; the schema is `public` where it is not said.
+
+        A part that holds a dot or a quote stands in double quotes, as in SQL. Raises ConfigurationError.
+        """
+        found = _TABLE_NAME.fullmatch(text)
+        if found is None:
+            raise ConfigurationError(f"{text!r} is not a table's name", hint='write name, schema.name or "odd.name"')
+        schema, name = (part and _unquoted(part) for part in found.groups())
+        return cls(schema or "public", name)
 
     def __str__(self) -> str:
-        return self.name if self.schema == "public" else f"{self.schema}.{self.name}"
+        return _quoted(self.name) if self.schema == "public" else f"{_quoted(self.schema)}.{_quoted(self.name)}"
+
+
+def _unquoted(part: str) -> str:
+    return part[1:-1].replace('""', '"') if part.startswith('"') else part
+
+
+def _quoted(part: str) -> str:
+    return '"' + part.replace('"', '""') + '"' if "." in part or '"' in part else part
+
+
+class Scheme(StrEnum):
+    """What key ranges are ranges of."""
+
+    RANGE = "range"
+    """The keys, in their own order."""
+    HASH = "hash"
+    """Signed 64-bit numbers: PostgreSQL's extended hash of the key, with seed 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +140,18 @@ class Keyspace:
 
     name: str
     key_type: KeyType
-    scheme: str
+    scheme: Scheme
     tables: Mapping[TableName, str]
     reference_tables: tuple[TableName, ...] = ()
+
+    @property
+    def bound_type(self) -> KeyType:
+        """The type of the ends of its ranges."""
+        return KeyType.BIGINT if self.scheme is Scheme.HASH else self.key_type
+
+    def place(self, key: Key) -> Key:
+        """Where a key lies in the key space that ranges divide: the key itself, or its hash."""
+        return hashing.HASHES[self.key_type](key) if self.scheme is Scheme.HASH else key
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,15 @@ def find_binaries(directory: Path | None, *, copies: Path) -> Binaries:
     return Binaries(_complete(site / _WHEEL_TREES[0] / "bin"), account)
 
 
+def wheel_programs() -> Path:
+    """The directory of the wheel's programs. The clients among them run as any account.
+
+    Raises:
+        ConfigurationError: there is no wheel.
+    """
+    return _site_of_wheel() / _WHEEL_TREES[0] / "bin"
+
+
 def _complete(directory: Path) -> Path:
     missing = [program for program in _NEEDED if not os.access(directory / program, os.X_OK)]
     if missing:

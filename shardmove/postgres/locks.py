@@ -27,22 +27,32 @@ class Patience:
 
 
 _IN_THE_WAY = """
+    WITH family AS MATERIALIZED (
+        SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = %(schema)s AND c.relname = %(name)s
+        UNION
+        SELECT p.relid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        CROSS JOIN pg_catalog.pg_partition_tree(c.oid) AS p WHERE n.nspname = %(schema)s AND c.relname = %(name)s
+    )
     SELECT DISTINCT a.pid, coalesce(nullif(a.application_name, ''), a.backend_type), a.usename,
            pg_catalog.extract('epoch', pg_catalog.clock_timestamp() - a.xact_start)::float8
     FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)
-    WHERE l.relation = (SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n
-                        ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s)
+    WHERE l.relation IN (SELECT oid FROM family)
       AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
       AND l.granted AND l.mode <> 'SIReadLock' AND a.pid <> pg_catalog.pg_backend_pid()
-      AND (%s OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
-      AND a.xact_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %s)
+      AND (%(readers)s OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
+      AND a.xact_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %(longer_than_s)s)
     ORDER BY 4 DESC
 """
 
 
 def in_the_way(connection: Connection, name: TableName, *, readers: bool, longer_than_s: float) -> list[str]:
-    """Who has held a lock on the table for longer, oldest first, in words. `readers`: they would be in the way too."""
-    rows = connection.execute(_IN_THE_WAY, (name.schema, name.name, readers, longer_than_s)).fetchall()
+    """Who has held a lock on the table, or on a partition of it, for longer, oldest first, in words.
+
+    `readers`: they would be in the way too.
+    """
+    whose = {"schema": name.schema, "name": name.name, "readers": readers, "longer_than_s": longer_than_s}
+    rows = connection.execute(_IN_THE_WAY, whose).fetchall()
     return [f"pid {pid} ({application}, role {role}) for {age:.1f} s" for pid, application, role, age in rows]
 
 

@@ -35,7 +35,9 @@ from shardmove.postgres.sql import Position, in_ranges, names
 from shardmove.postgres.stream import copy_out
 from shardmove.protocol import drift, fence
 from shardmove.protocol.gate import gate
-from shardmove.protocol.objects import MARKER, XID, journal, load_tables
+from shardmove.protocol.objects import check_layout, load_tables
+from shardmove.protocol.parts import XID, journal
+from shardmove.protocol.replica import become_replica
 
 RETRIES = 20
 COLLISIONS_MAX = 5
@@ -91,10 +93,14 @@ class Mirror:
 
     @classmethod
     def open(cls, move: Move, direction: Direction, tables: Sequence[Table] | None, dsn: Mapping[str, str]) -> Mirror:
-        """Connects to both shards. `dsn` is by shard name; tables that are not given are loaded from the giver."""
+        """Connects to both shards. `dsn` is by shard name; tables that are not given are loaded from the giver.
+
+        Raises Refused where a newer release touched the giver, and all that `connect` raises.
+        """
         name = fence.application_name(move.id)
         giver = connect(dsn[move.giver(direction)], application_name=name)
         try:
+            check_layout(giver)
             seen = drift.recorded_fingerprint(giver, move.id)  # before the tables: what comes later is noticed
             loaded = load_tables(giver, move.id) if tables is None else tables
             receiver = connect(dsn[move.receiver(direction)], application_name=name)
@@ -212,7 +218,7 @@ class Mirror:
         return keys, _xmin(xmin), left
 
     def _apply(self, keys: Keys) -> None:
-        become_replica(self.receiver, self.move.id)
+        become_replica(self.receiver, self.move.id, self.tables)
         by_ordinal = dict(enumerate(self.tables, 1))
         changed = {ordinal: positions for ordinal, positions in keys.items() if positions}
         for ordinal in sorted(changed, reverse=True):
@@ -329,26 +335,16 @@ def oldest_left(giver: Connection, move_id: str, ordinal: int, start: int) -> Ro
 # --- pieces that batches share
 
 
-def become_replica(connection: Connection, move_id: str) -> None:
-    """For this transaction: user triggers do not fire twice, foreign keys are not checked again, and our own triggers
-    know the writes as the mirror's."""
-    connection.execute(
-        "SELECT pg_catalog.set_config(%s, %s, true)",
-        (MARKER, move_id),
-    )
-    connection.execute("SELECT pg_catalog.set_config('session_replication_role', 'replica', true)")
-
-
 def in_move(move: Move, table: Table) -> sql.Composable:
     """The range's predicate: on a live target the same id may belong to another tenant."""
-    return in_ranges(sql.Identifier(table.key_column), move.ranges, move.keyspace.key_type)
+    return in_ranges(
+        sql.Identifier(table.key_column), move.ranges, move.keyspace, sorts_as_bytes=not table.key_collated
+    )
 
 
 def delete_rows(receiver: Connection, move: Move, table: Table, positions: Sequence[Position]) -> None:
     receiver.execute(
-        sql.SQL("DELETE FROM {} WHERE {} AND {}").format(
-            table_sql(table), table.listed(positions), in_move(move, table)
-        )
+        sql.SQL("DELETE FROM {} WHERE {} AND {}").format(table.rows, table.listed(positions), in_move(move, table))
     )
 
 
@@ -360,7 +356,7 @@ def read_rows(move: Move, table: Table, positions: Sequence[Position]) -> sql.Co
 def select_rows(table: Table, condition: sql.Composable) -> sql.Composed:
     """COPY of the named columns in keyset order: the same bytes on both sides for the same rows."""
     return sql.SQL("COPY (SELECT {} FROM {} WHERE {} ORDER BY {}) TO STDOUT {}").format(
-        names(table.columns), table_sql(table), condition, table.order, table.copy_options
+        names(table.columns), table.rows, condition, table.order, table.copy_options
     )
 
 

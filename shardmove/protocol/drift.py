@@ -1,8 +1,9 @@
 """Two things that no journal entry tells: DDL on a moving table, and a server that lost its tail.
 
 The fingerprint covers what makes a change invisible to row triggers: the file that holds the rows (TRUNCATE of a
-partition, ALTER TYPE … USING), partitions (ATTACH, DETACH), columns and constraints, and the move's own triggers with
-the transaction that last touched them (DISABLE and ENABLE again leaves another xmin).
+partition, ALTER TYPE … USING), partitions (ATTACH, DETACH), columns and constraints, and triggers with the transaction that last touched them
+(DISABLE and ENABLE again leaves another xmin): the move's own, and the application's, which write twice for as long as
+they fire for a replica. Triggers of other moves and kept fences come and go beside.
 """
 
 from __future__ import annotations
@@ -15,20 +16,16 @@ from shardmove.domain.errors import SchemaDrift, ServerChanged
 from shardmove.domain.moves import ServerIdentity
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.identity import identity
-from shardmove.postgres.introspect import Table, table_sql
-from shardmove.protocol.objects import trigger_prefix
+from shardmove.postgres.introspect import FAMILY, Table, table_sql
+from shardmove.protocol.parts import trigger_prefix
 
 _FINGERPRINT = """
-    WITH RECURSIVE family(oid) AS (
-        SELECT unnest({tables}::regclass[])::oid
-        UNION
-        SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN family f ON i.inhparent = f.oid
-    ), facts(fact) AS (
+    WITH RECURSIVE {family}, facts(fact) AS (
         SELECT ROW('class', c.oid, c.relfilenode, c.relkind, c.relrowsecurity, c.relforcerowsecurity)::text
         FROM pg_catalog.pg_class c JOIN family USING (oid)
         UNION ALL
-        SELECT ROW('inherits', i.inhrelid, i.inhparent)::text
-        FROM pg_catalog.pg_inherits i JOIN family f ON i.inhparent = f.oid
+        SELECT ROW('inherits', i.inhrelid, i.inhparent, i.inhdetachpending)::text
+        FROM pg_catalog.pg_inherits i JOIN family f ON f.oid IN (i.inhparent, i.inhrelid)
         UNION ALL
         SELECT ROW('column', a.attrelid, a.attnum, a.attname, a.atttypid, a.atttypmod, a.attnotnull, a.attisdropped,
                    a.attgenerated)::text
@@ -39,7 +36,8 @@ _FINGERPRINT = """
         UNION ALL
         SELECT ROW('trigger', t.oid, t.xmin, t.tgenabled)::text
         FROM pg_catalog.pg_trigger t JOIN family f ON t.tgrelid = f.oid
-        WHERE pg_catalog.starts_with(t.tgname, {prefix})
+        WHERE NOT t.tgisinternal
+          AND (pg_catalog.starts_with(t.tgname, {prefix}) OR NOT pg_catalog.starts_with(t.tgname, 'shardmove_'))
     )
     SELECT pg_catalog.md5(pg_catalog.string_agg(fact, ' ' ORDER BY fact COLLATE "C")) FROM facts
 """
@@ -49,7 +47,9 @@ def fingerprint(connection: Connection, move_id: str, tables: Sequence[Table]) -
     """A hash over everything that could change rows without a journal entry."""
     listed = [table_sql(table).as_string(connection) for table in tables]
     row = connection.execute(
-        sql.SQL(_FINGERPRINT).format(tables=sql.Literal(listed), prefix=sql.Literal(trigger_prefix(move_id)))
+        sql.SQL(_FINGERPRINT).format(
+            family=sql.SQL(FAMILY).format(tables=sql.Literal(listed)), prefix=sql.Literal(trigger_prefix(move_id))
+        )
     ).fetchone()
     assert row is not None
     return str(row[0])

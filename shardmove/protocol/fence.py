@@ -30,7 +30,9 @@ from shardmove.domain import points
 from shardmove.domain.errors import AttemptDecided, Failed, LeaseLost, MirrorRefused, Refused
 from shardmove.domain.moves import Standing
 from shardmove.postgres.connect import Connection
-from shardmove.protocol.objects import CLOSED, OPEN, set_state, state_sequence
+from shardmove.protocol.capture import CLOSED, OPEN
+from shardmove.protocol.objects import set_state
+from shardmove.protocol.parts import state_sequence
 
 T = TypeVar("T")
 

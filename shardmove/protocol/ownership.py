@@ -23,7 +23,7 @@ from shardmove.catalog.store import Catalog
 from shardmove.domain.errors import ServerChanged, Unreachable
 from shardmove.domain.moves import CATALOG, Attempt, Move, Outcome, Standing
 from shardmove.postgres.connect import Connection
-from shardmove.protocol import drift, fence, objects
+from shardmove.protocol import capture, drift, fence
 
 Connect = Callable[[str], Connection]
 """A connection to a shard by its name; asked only for the shards that are needed."""
@@ -75,7 +75,7 @@ def open_for(attempt: Attempt, move: Move, shard: str, connection: Connection) -
 
 
 def _writers_pass(connection: Connection, move_id: str) -> bool:
-    return fence.state(connection, move_id) == objects.OPEN
+    return fence.state(connection, move_id) == capture.OPEN
 
 
 def settle(catalog: Catalog, move: Move, number: int, connect: Connect, *, reason: str) -> None:

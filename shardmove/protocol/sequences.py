@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from shardmove.domain import points
 from shardmove.domain.errors import Failed, Refused
 from shardmove.postgres.connect import Connection
-from shardmove.postgres.introspect import Table, table_sql
+from shardmove.postgres.introspect import Table, oids, table_sql
 
 _SEQUENCES = """
     SELECT t.oid::regclass::text, a.attname, s.oid::regclass::text, q.seqincrement, q.seqmax, q.seqmin,
-           coalesce(pg_catalog.pg_sequence_last_value(s.oid), q.seqstart - q.seqincrement)
+           coalesce(pg_catalog.pg_sequence_last_value(s.oid), q.seqstart - q.seqincrement), s.oid
     FROM unnest(%s::regclass[]) AS t(oid)
     JOIN (
         SELECT d.refobjid AS relation, d.refobjsubid AS attnum, d.objid AS sequence
@@ -59,8 +59,14 @@ def counters(connection: Connection, tables: Sequence[Table]) -> Counters:
     rows = connection.execute(_SEQUENCES, (listed,)).fetchall()
     return {
         (table, column): Counter(name, increment, maximum if increment > 0 else -minimum, last_value)
-        for table, column, name, increment, maximum, minimum, last_value in rows
+        for table, column, name, increment, maximum, minimum, last_value, _ in rows
     }
+
+
+def names(connection: Connection, tables: Sequence[Table]) -> dict[int, str]:
+    """The sequences themselves by oid, under names that can be used in statements. Takes no privilege."""
+    listed = oids(connection, (table.name for table in tables))
+    return {int(oid): name for _, _, name, *_, oid in connection.execute(_SEQUENCES, (listed,)).fetchall()}
 
 
 def advance(receiver: Connection, giver: Connection, tables: Sequence[Table], *, margin: int) -> list[str]:

@@ -15,7 +15,7 @@ from shardmove.config import Limits
 from shardmove.domain.digests import Digest
 from shardmove.domain.moves import Direction, Move
 from shardmove.postgres.connect import Connection, connect
-from shardmove.postgres.introspect import Table, table_sql
+from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval, Position, names
 from shardmove.protocol import fence
 from shardmove.protocol.catch_up import Mirror, in_move
@@ -211,7 +211,7 @@ def _row_hashes(sides: Sides, table: Table, interval: Interval, dsn: str, snapsh
     query = sql.SQL("SELECT {}, pg_catalog.md5(ROW({})::text) FROM {} WHERE {} AND {}").format(
         table.keyset_as_text(),
         names(table.columns),
-        table_sql(table),
+        table.rows,
         in_move(sides.move, table),
         table.within(interval),
     )

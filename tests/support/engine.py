@@ -11,12 +11,12 @@ from typing import Any, Final
 import pytest
 
 from shardmove.domain.keys import KeyType
-from shardmove.domain.moves import Keyspace, Move, State, TableName
+from shardmove.domain.moves import Keyspace, Move, Scheme, State, TableName
 from shardmove.postgres.connect import Connection, connect
 from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import Table, describe_all
 from shardmove.postgres.locks import Patience
-from shardmove.protocol import drift, fence, objects
+from shardmove.protocol import drift, fence, objects, parts, triggers
 from tests.support.servers import Databases
 
 PATIENCE: Final = Patience(lock_timeout_ms=500, total_s=20)
@@ -80,7 +80,7 @@ def make_engine(
     keyspace = Keyspace(
         "shop",
         KeyType.BIGINT,
-        "range",
+        Scheme.RANGE,
         {TableName.parse(name): key for name, key in (tables or {"orders": "tenant_id"}).items()},
     )
     move = Move(
@@ -107,11 +107,11 @@ def _install(move: Move, dsn: Mapping[str, str]) -> Engine:
         with connect(dsn[shard], application_name="test") as connection:
             described = described or describe_all(connection, move.keyspace.tables)
             move = replace(move, identities={**move.identities, shard: identity(connection)})
-            part = objects.Part(move, described, is_source=shard == move.source)
+            part = parts.Part(move, described, is_source=shard == move.source)
             objects.install_schema(connection, "test")
             fence.raise_number(connection, move.id, LEASE)
             objects.install_move(connection, part, lease_number=LEASE)
-            objects.install_triggers(connection, part, PATIENCE, lease_number=LEASE)
+            triggers.install_triggers(connection, part, PATIENCE, lease_number=LEASE)
             drift.record_fingerprint(connection, move.id, described, lease_number=LEASE)
     return Engine(move, described, dsn)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Final
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, LiteralString
 
 import psycopg
 import pytest
@@ -13,6 +15,10 @@ from psycopg import sql
 from shardmove.postgres.embedded import Cluster, Server
 
 SERVERS: Final = ("s1", "s2", "s3", "cat")
+OLD_SERVERS: Final = ("old1", "old2")
+
+OLD_VARIABLE: Final = "SHARDMOVE_TEST_OLD_BIN"
+OLD_INSTALLED: Final = Path("/usr/lib/postgresql/15/bin")  # where Debian puts it
 
 _numbers = itertools.count(1)
 
@@ -20,14 +26,17 @@ _numbers = itertools.count(1)
 class Databases:
     """Creates databases for one test: `databases("s1", "s2")` is a connection string each, under these names."""
 
-    def __init__(self, servers: Cluster) -> None:
+    def __init__(self, servers: Cluster | Mapping[str, Server]) -> None:
         self._servers = servers
         self._created: list[tuple[Server, str]] = []
 
-    def __call__(self, *names: str, template: str = "template1") -> dict[str, str]:
-        """One new database on each named server; all have the same name, which no other test uses."""
+    def __call__(self, *names: str, template: str = "template1", options: LiteralString = "") -> dict[str, str]:
+        """One new database on each named server; all have the same name, which no other test uses.
+
+        `options`: further words of CREATE DATABASE; for another locale the template is template0.
+        """
         dbname = f"test_{next(_numbers)}"
-        return {name: self._create(self._servers[name], dbname, template) for name in names}
+        return {name: self._create(self._servers[name], dbname, template, options) for name in names}
 
     def drop(self) -> None:
         """Drops them all, whoever is connected; starts servers again that the test left stopped."""
@@ -35,9 +44,9 @@ class Databases:
             server.start()
             _execute(server, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(dbname)))
 
-    def _create(self, server: Server, dbname: str, template: str) -> str:
-        create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
-        _execute(server, create.format(sql.Identifier(dbname), sql.Identifier(template)))
+    def _create(self, server: Server, dbname: str, template: str, options: LiteralString) -> str:
+        create = sql.SQL("CREATE DATABASE {} TEMPLATE {} {}")
+        _execute(server, create.format(sql.Identifier(dbname), sql.Identifier(template), sql.SQL(options)))
         self._created.append((server, dbname))
         return server.dsn_for(dbname)
 
@@ -52,6 +61,24 @@ def servers() -> Iterator[Cluster]:
 @pytest.fixture
 def databases(servers: Cluster) -> Iterator[Databases]:
     factory = Databases(servers)
+    yield factory
+    factory.drop()
+
+
+@pytest.fixture(scope="session")
+def old_servers() -> Iterator[Cluster]:
+    """Servers of an older PostgreSQL: that of the directory in the environment, else an installed PostgreSQL 15."""
+    named = os.environ.get(OLD_VARIABLE)
+    if named is None and not OLD_INSTALLED.exists():
+        pytest.skip(f"no older PostgreSQL: {OLD_INSTALLED} does not exist, and {OLD_VARIABLE} names no directory")
+    with Cluster(OLD_SERVERS, binaries=Path(named or OLD_INSTALLED), settings={"fsync": "off"}) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def old_databases(old_servers: Cluster) -> Iterator[Databases]:
+    """As `databases`, on the older servers. `Databases` takes any mapping of names to servers where both are needed."""
+    factory = Databases(old_servers)
     yield factory
     factory.drop()
 

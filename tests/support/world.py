@@ -56,9 +56,22 @@ LIMITS: Mapping[str, Any] = {
 
 
 class World:
-    """A shop whose tenants 0–39 are on s1; s2 (and s3) are there and empty. Small batches, so that moves have many."""
+    """A shop whose tenants 0–39 are on s1; s2 (and s3) are there and empty. Small batches, so that moves have many.
 
-    def __init__(self, databases: Databases, directory: Path, *, limits: Mapping[str, Any] | None = None) -> None:
+    Args:
+        create: makes the shop's tables on a shard; another one than the shop's own may partition them, or the like.
+        rows_a_tenant: about so many rows, all tables together.
+    """
+
+    def __init__(
+        self,
+        databases: Databases,
+        directory: Path,
+        *,
+        limits: Mapping[str, Any] | None = None,
+        create: Callable[[Connection], None] = shop.create,
+        rows_a_tenant: int = ROWS_A_TENANT,
+    ) -> None:
         self.dsns = databases("cat", "s1", "s2", "s3")
         self.shards = {name: dsn for name, dsn in self.dsns.items() if name != "cat"}
         self.directory = directory
@@ -66,9 +79,9 @@ class World:
         self.config = self._configure({**LIMITS, **self.limits})
         for shard in self.shards:
             with self.connect(shard) as connection:
-                shop.create(connection)
+                create(connection)
         with self.connect("s1") as connection:
-            shop.load(connection, TENANTS, rows=ROWS_A_TENANT * len(TENANTS), seed=1)
+            shop.load(connection, TENANTS, rows=rows_a_tenant * len(TENANTS), seed=1)
         self.catalog = Catalog.install(self.config.catalog_dsn)
         self.catalog.apply(self.config)
         self.fleet: WriterFleet | None = None

@@ -1,0 +1,106 @@
+"""`run --create-schema`: the tables that the target lacks, made before the copy; their indexes and the like, after it.
+
+What is left for after the copy is written down on the target, in the transaction that makes the tables; each statement
+goes in the transaction that runs it. So any coordinator finishes what another one began.
+"""
+
+from __future__ import annotations
+
+import time
+
+import psycopg
+from psycopg import errors
+
+from shardmove.coordinator import schema_copy
+from shardmove.coordinator.hold import Hold
+from shardmove.domain import points
+from shardmove.domain.errors import Failed
+from shardmove.postgres.connect import Connection, explain
+from shardmove.protocol import drift, fence, objects, parts
+
+
+def create_missing(hold: Hold) -> None:
+    """Makes what the target lacks of the keyspace's tables and reference tables; all of it, or nothing. Safe to repeat.
+
+    Raises:
+        Refused: a role or an extension is missing on the target, or its server would not. Nothing was made.
+    """
+    wanted = (*hold.move.keyspace.tables, *hold.move.keyspace.reference_tables)
+    target = hold.target
+    script = schema_copy.script(hold.dsn[hold.move.source], target, wanted)
+    if not script.now:
+        return
+    objects.install_schema(target, hold.catalog.cluster_id())
+    fence.raise_number(target, hold.move.id, hold.lease.number)
+    with target.transaction():
+        parts.hold_lease(target, hold.move.id, hold.lease.number)
+        schema_copy.create(target, script.now)
+        first = _last_number(target, hold.move.id) + 1
+        for number, statement in enumerate(script.later, first):
+            target.execute("INSERT INTO shardmove.later VALUES (%s, %s, %s)", (hold.move.id, number, statement))
+        points.reach("creating.before_commit")
+    hold.catalog.record("schema_created", hold.move.id, shard=hold.move.target)
+
+
+def _last_number(target: Connection, move_id: str) -> int:
+    row = target.execute(
+        "SELECT coalesce(max(number), 0) FROM shardmove.later WHERE move_id = %s", (move_id,)
+    ).fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def finish(hold: Hold) -> None:
+    """Makes the rest: indexes, foreign keys, triggers. Safe to repeat, and to be interrupted anywhere.
+
+    To be called only where a full comparison follows before the next cutover, or where the move ends: the schema as it
+    is afterwards is taken for the one that the move knows.
+
+    Raises:
+        Failed: the target's server would not, or somebody held a lock for too long; what was made stays.
+    """
+    target = hold.target
+    if not objects.is_unfinished(target):
+        return
+    rows = target.execute(
+        "SELECT number, statement FROM shardmove.later WHERE move_id = %s ORDER BY number", (hold.move.id,)
+    ).fetchall()
+    for number, statement in rows:
+        hold.check()
+        _patiently(hold, number, statement)
+    for table in hold.tables if rows else ():
+        target.execute(b"ANALYZE " + table.rows.as_bytes(target).removeprefix(b"ONLY "))
+
+
+def _patiently(hold: Hold, number: int, statement: str) -> None:
+    deadline = time.monotonic() + hold.config.limits.ddl_patience_s
+    while True:
+        try:
+            return _run(hold, number, statement)
+        except errors.LockNotAvailable:
+            if time.monotonic() > deadline:
+                raise Failed(
+                    f"move {hold.move.id}: a lock on {hold.move.target} was held for too long to run"
+                    f" `{statement.splitlines()[0]}`",
+                    hint="end the transaction that is in the way, then run the same command again",
+                ) from None
+            hold.check()
+        except (errors.OperationalError, errors.InterfaceError):
+            raise
+        except psycopg.Error as error:
+            raise Failed(
+                f"move {hold.move.id}: {hold.move.target} refused `{statement.splitlines()[0]}`: {explain(error)}",
+                hint="mend what it needs, then run the same command again",
+            ) from error
+
+
+def _run(hold: Hold, number: int, statement: str) -> None:
+    target, move_id = hold.target, hold.move.id
+    with target.transaction():
+        timeout = f"{hold.config.limits.ddl_lock_timeout_ms}ms"
+        target.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (timeout,))
+        if fence.read(target, move_id) is not None:
+            parts.hold_lease(target, move_id, hold.lease.number)
+        target.execute(statement.encode(), prepare=False)
+        target.execute("DELETE FROM shardmove.later WHERE move_id = %s AND number = %s", (move_id, number))
+        drift.record_fingerprint(target, move_id, hold.tables, lease_number=hold.lease.number)
+        points.reach("creating.before_later_commit")
