@@ -7,9 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_PROCESSES ?= 2
+SEEDS ?= 200
+FIRST ?= 0
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv demo test lint format fault bench lock clean
+.PHONY: help venv demo test lint format fault schemas bench lock clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -43,6 +45,10 @@ format: $(READY) ## puts the source in shape
 
 fault: $(READY) ## the tests in which processes and servers die, the slow ones too
 	$(PYTEST) -m fault
+
+schemas: $(READY) ## moves of random schemas: SEEDS=200 of them, from FIRST=0 on; one failed: FIRST=n SEEDS=1
+	SHARDMOVE_SCHEMAS=$(SEEDS) SHARDMOVE_SCHEMAS_FIRST=$(FIRST) \
+	  $(PYTEST) -n $(TEST_PROCESSES) --dist worksteal tests/test_random_schemas.py
 
 bench: $(READY) ## the benchmarks, beside their peers
 	$(PYTEST) benchmarks --benchmark-only

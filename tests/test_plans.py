@@ -399,6 +399,21 @@ def test_a_failure_starts_no_others_and_lets_those_beside_it_arrive(
     assert sorted(states(world, moves)) == ["completed", "completed", "rolled_back"]
 
 
+def test_a_target_whose_schema_is_being_made_takes_one_move_at_a_time(
+    world: World, shell: Shell, three: tuple[str, list[str]]
+) -> None:
+    plan, moves = three
+    for shard in ("s2", "s3"):
+        with world.connect(shard) as connection:
+            connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    done(shell("run", plan, "--parallel", "3", "--create-schema"))
+    assert states(world, moves) == ["ready"] * 3
+    done(shell("cutover", plan))
+    done(shell("complete", plan))
+    made = "SELECT count(*) FROM pg_constraint WHERE connamespace = 'public'::regnamespace"
+    assert world.fetch("s2", made) == world.fetch("s3", made) == world.fetch("s1", made)
+
+
 def test_a_move_that_cannot_begin_keeps_the_others_from_nothing_but_beginning(
     world: World, shell: Shell, three: tuple[str, list[str]]
 ) -> None:

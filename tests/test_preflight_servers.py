@@ -6,9 +6,11 @@ was found, and follows its advice to the letter; then the line is looked at once
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -30,8 +32,18 @@ from shardmove.coordinator.checks.privileges import PRIVILEGES, SEES_SESSIONS
 from shardmove.coordinator.checks.servers import ANSWERS, SERVERS
 from shardmove.coordinator.checks.site import Note
 from shardmove.coordinator.checks.surroundings import SURROUNDINGS
+from shardmove.coordinator.cutover import cut_over
+from shardmove.coordinator.hold import hold
 from shardmove.coordinator.preflight import Line
-from shardmove.postgres.embedded import Cluster
+from shardmove.coordinator.progress import Progress
+from shardmove.coordinator.run import run
+from shardmove.coordinator.shards import grants
+from shardmove.domain.errors import Refused
+from shardmove.domain.moves import Direction, State
+from shardmove.postgres.connect import connect
+from shardmove.postgres.embedded import LOOPBACK, Cluster
+from shardmove.postgres.introspect import Table
+from shardmove.protocol.replica import become_replica, may_be_replica
 from tests.support.engine import until
 from tests.support.preflight import ORDERS, MakePlan, Plan, line
 from tests.support.servers import Databases
@@ -179,6 +191,13 @@ def read_only_databases(stage: Stage) -> Generator[Look, Line, None]:
     yield from read_only(stage, "s1", "s2")
 
 
+@story("sessions may write by default")
+def read_only_for_all_roles(stage: Stage) -> Generator[Look, Line, None]:
+    plan = stage.plan_on_own()
+    plan.execute("s2", "ALTER ROLE ALL SET default_transaction_read_only = yes")
+    plan.follow((yield looking(plan, "may write by default")))
+
+
 @story("sessions may write by default", note=True)
 def a_read_only_source(stage: Stage) -> Generator[Look, Line, None]:
     yield from read_only(stage, "s1")
@@ -323,41 +342,44 @@ def a_transaction_pooler(stage: Stage) -> Generator[Look, Line, None]:
     plan.dsns["s2"] = direct
 
 
-PGBOUNCER: Final = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
+PGBOUNCER: Final = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed; the relay above stands for it")
 @pytest.mark.parametrize("mode", ["transaction", "session"])
-def test_pgbouncer(make_plan: MakePlan, tmp_path: Path, mode: str) -> None:
+def test_pgbouncer(make_plan: MakePlan, mode: str) -> None:
     """The real one hands a lone client the same server session again: it takes a second client to find out."""
     plan = make_plan()
-    with pgbouncer(plan.dsns["s2"], tmp_path, mode) as address:
+    with pgbouncer(plan.dsns["s2"], mode) as address:
         plan.dsns["s2"] = address
         assert line(plan.site(), "transaction pooler").passed is (mode == "session")
 
 
 @contextmanager
-def pgbouncer(dsn: str, directory: Path, mode: str) -> Iterator[str]:
+def pgbouncer(dsn: str, mode: str) -> Iterator[str]:
+    """It does not run as root; whoever it runs as has to be let into its directory."""
     assert PGBOUNCER is not None
     parts = conninfo_to_dict(dsn)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    directory.chmod(0o777)
-    (directory / "users").write_text('"postgres" ""\n')
-    (directory / "pgbouncer.ini").write_text(
-        f"[databases]\n* = host={parts['host']} port={parts['port']}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-        f"listen_port = {port}\npool_mode = {mode}\nauth_type = trust\nauth_file = {directory}/users\n"
-        f"unix_socket_dir =\nlogfile = {directory}/log\n"
-    )
-    user = ["-u", "nobody"] if Path("/proc/self").stat().st_uid == 0 else []
-    process = subprocess.Popen([PGBOUNCER, *user, str(directory / "pgbouncer.ini")], stderr=subprocess.DEVNULL)
-    try:
-        address = make_conninfo(dsn, host="127.0.0.1", port=port)
-        until(lambda: _answers(address))
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+    user = ["-u", "nobody"] if os.getuid() == 0 else []
+    with tempfile.TemporaryDirectory() as path:
+        directory = Path(path)
+        directory.chmod(0o777)
+        (directory / "users").write_text('"postgres" ""\n')
+        (directory / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host={LOOPBACK} port={parts['port']}\n[pgbouncer]\nlisten_addr = {LOOPBACK}\n"
+            f"listen_port = {port}\npool_mode = {mode}\nauth_type = trust\nauth_file = {directory}/users\n"
+            "unix_socket_dir =\n"
+        )
+        process = subprocess.Popen([PGBOUNCER, *user, str(directory / "pgbouncer.ini")])
+        try:
+            address = make_conninfo(dsn, host=LOOPBACK, port=port, sslmode="disable", gssencmode="disable")
+            until(lambda: _answers(address))
+            yield address
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _answers(address: str) -> bool:
@@ -633,9 +655,8 @@ def test_notes_are_shown_and_stop_nothing(world: World, shell: Shell) -> None:
     move_id = world.split(at=20)
     said = shell("preflight", move_id)
     assert said.code == Exit.DONE
-    (shown,) = [text for text in said.stdout.split("\n  ") if "room on the target's disk" in text]
-    assert shown.startswith("!")
-    assert "note: about" in shown
+    assert "  ! there is room on the target's disk\n      note: about " in said.stdout
+    assert "\n      what to do: make sure that s2 has" in said.stdout
     document = shell("preflight", move_id, "--json").document
     assert document["passed"]
     (check,) = [each for each in document["moves"][0]["checks"] if "disk" in each["check"]]
@@ -696,6 +717,9 @@ PLAIN: Final = "CREATE TABLE orders (tenant_id bigint, id bigserial, note text, 
 
 def test_plain_tables_move_with_ownership_alone(make_plan: MakePlan) -> None:
     plan = make_plan(PLAIN)
+    owner = make_role(plan, "App")
+    for shard in ("s1", "s2"):
+        plan.execute(shard, f'ALTER TABLE orders OWNER TO "{owner}"')
     plan.execute("s1", "INSERT INTO orders SELECT 50 + i, i, 'x' FROM generate_series(1, 200) i")
     plan.user = make_role(plan, "Owner")
     for each in grants(plan.config, plan.user):
@@ -760,3 +784,28 @@ def test_a_move_under_publications_of_everything(world: World) -> None:
             connection.execute("CREATE PUBLICATION everything FOR ALL TABLES")
     carry_there_and_back(world, world.split(at=20))
     world.run(world.split(at=10), State.READY)
+
+
+def test_lines_and_grants_on_older_servers(
+    servers: Cluster, old_servers: Cluster, make_plan: MakePlan, request: pytest.FixtureRequest
+) -> None:
+    """Membership is granted otherwise there, and inherited only by a role that inherits."""
+    factory = Databases({"cat": servers["cat"], "s1": old_servers["old1"], "s2": old_servers["old2"]})
+    request.addfinalizer(factory.drop)
+    dsns = factory("cat", "s1", "s2")
+    plan = make_plan(RICH.replace("{n}", str(conninfo_to_dict(dsns["s1"])["dbname"])), dsns=dsns, **RICH_OPTIONS)
+    plan.execute("s1", "CREATE PUBLICATION everything FOR ALL TABLES; CREATE PUBLICATION p FOR TABLE sales.orders")
+    site = plan.site()
+    said = {text: check(site) for text, check in (*SERVERS, *SURROUNDINGS)}
+    assert [each for each in said.values() if each is not None and not isinstance(each, Note)] == []
+    followers = said["nobody follows the changes of the tables"]
+    assert followers is not None
+    assert "the publication p on s1" in followers.message
+    plan.user = make_role(plan, "Mover")
+    for place in plan.dsns:
+        plan.execute(place, f'ALTER ROLE "{plan.user}" NOINHERIT')
+    site = plan.site()
+    assert [text for text, check in PRIVILEGES if check(site) is None] == []
+    for each in grants(plan.config, plan.user):
+        run_sql(plan.dsns["cat" if each.place == "catalog" else each.place], "\n".join(each.statements))
+    assert {text: problem for text, check in PRIVILEGES if (problem := check(plan.site())) is not None} == {}

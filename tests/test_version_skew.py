@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import psycopg
 import pytest
 from psycopg.types.json import Jsonb
-from typer.testing import CliRunner
 
 from shardmove.cli.exits import Exit
-from shardmove.cli.verbs import app
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import CATALOG, Direction, State
 from shardmove.postgres.identity import identity
 from shardmove.protocol import objects
 from shardmove.protocol.catch_up import Mirror
 from tests.support.servers import Databases
+from tests.support.shell import Said, Shell, invoked
 from tests.support.world import World
-from workers.executors import InlineExecutor
 
 LEFT_BY: Final = Path(__file__).parent / "data" / "release_0_1_0"
 PLACES: Final = ("cat", "s1", "s2")
 MOVE: Final = "m1"
 TABLES: Final = ("customers", "orders")
-
-Command = Callable[..., Any]
-
-
-@pytest.fixture
-def threads_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.pool.ProcessExecutor", InlineExecutor)
-
-
-def commands(config: Path) -> Command:
-    """`run("status", "--json")`: a command in this process; its result."""
-    return lambda *words: CliRunner().invoke(app, words, env={"SHARDMOVE_CONFIG": str(config)})
-
 
 # --- what release 0.1.0 left
 
@@ -51,7 +37,7 @@ class Left:
 
     state: str
     dsn: Mapping[str, str]
-    command: Command
+    command: Shell
 
     @property
     def owner(self) -> str:
@@ -70,8 +56,8 @@ class Left:
 
     def done(self, *words: str) -> str:
         result = self.command(*words)
-        assert result.exit_code == Exit.DONE, result.stderr
-        return str(result.stdout)
+        assert result.code == Exit.DONE, result.stderr
+        return result.stdout
 
     def write(self) -> None:
         """The application goes on on the owner: an update, an insert, a delete in the moving range."""
@@ -98,14 +84,12 @@ def restore(databases: Databases, directory: Path, state: str) -> Left:
         '[[keyspaces.shop.routes]]\nrange = ":"\nshard = "s1"\n[limits]\nkeep_source_s = 0.1\nbatch_rows_max = 7\n',
         encoding="utf-8",
     )
-    return Left(state, dsn, commands(config))
+    return Left(state, dsn, partial(invoked, config))
 
 
 @pytest.fixture(params=["copying", "switched"])
-def left(
-    request: pytest.FixtureRequest, databases: Databases, tmp_path: Path, threads_for_workers: None
-) -> Iterator[Left]:
-    yield restore(databases, tmp_path, request.param)
+def left(request: pytest.FixtureRequest, databases: Databases, tmp_path: Path, threads_for_workers: None) -> Left:
+    return restore(databases, tmp_path, request.param)
 
 
 def layouts(left: Left) -> list[int]:
@@ -115,7 +99,7 @@ def layouts(left: Left) -> list[int]:
 def test_a_catalog_of_an_older_release_says_what_to_run(left: Left) -> None:
     for words in (("status",), ("run", MOVE), ("rollback", MOVE), ("diagnose",)):
         result = left.command(*words)
-        assert result.exit_code == Exit.USAGE
+        assert result.code == Exit.USAGE
         assert "made by an older release" in result.stderr
         assert "shardmove apply" in result.stderr
     assert layouts(left) == [1, 1]
@@ -166,40 +150,35 @@ def test_a_new_move_begins_beside_what_an_older_release_left(left: Left) -> None
 # --- what a newer release touched
 
 
-@pytest.fixture
-def command(world: World, threads_for_workers: None) -> Command:
-    return commands(world.write_config())
+def refused(said: Said) -> str:
+    assert said.code == Exit.REFUSED, said.stderr
+    return said.stderr
 
 
-def refused(result: Any) -> str:
-    assert result.exit_code == Exit.REFUSED, result.stderr
-    return str(result.stderr)
-
-
-def test_a_catalog_of_a_newer_release_is_left_alone(world: World, command: Command) -> None:
+def test_a_catalog_of_a_newer_release_is_left_alone(world: World, shell: Shell) -> None:
     move_id = world.split(at=20)
     world.run(move_id, State.READY)
     with psycopg.connect(world.dsns["cat"], autocommit=True) as connection:
         connection.execute("INSERT INTO shardmove_catalog.upgrade_hook VALUES (1000, '9.9.0', '9.9.0')")
     verbs = ("run", "cutover", "revert", "rollback", "complete", "verify", "pause")
     for words in (("apply",), ("status",), ("diagnose",), ("uninstall",), *((verb, move_id) for verb in verbs)):
-        said = refused(command(*words))
+        said = refused(shell(*words))
         assert "version skew: the catalog was made by release 9.9.0" in said
         assert "hint: use shardmove 9.9.0 or newer" in said
 
 
 @pytest.mark.parametrize("shard", ["s1", "s2"])
-def test_a_shard_that_a_newer_release_touched_is_left_alone(world: World, command: Command, shard: str) -> None:
+def test_a_shard_that_a_newer_release_touched_is_left_alone(world: World, shell: Shell, shard: str) -> None:
     move_id = world.split(at=20)
     world.run(move_id, State.READY)
     with world.connect(shard) as connection:
         connection.execute("UPDATE shardmove.about SET layout = layout + 1")
     for verb in ("run", "cutover", "rollback", "verify"):
-        said = refused(command(verb, move_id))
+        said = refused(shell(verb, move_id))
         assert f"shard {shard}: this shard was touched by a newer release" in said
         assert "hint: use that release" in said
     assert world.move(move_id).state is State.READY
-    found = command("diagnose", "--json").stdout
+    found = shell("diagnose", "--json").stdout
     assert f"shard {shard}" in found
     assert "newer release" in found
     giver_first = {"s1": Direction.FORWARD, "s2": Direction.BACK}
@@ -207,15 +186,15 @@ def test_a_shard_that_a_newer_release_touched_is_left_alone(world: World, comman
         Mirror.open(world.move(move_id), giver_first[shard], None, world.shards)
 
 
-def test_a_new_move_refuses_a_shard_that_a_newer_release_touched(world: World, command: Command) -> None:
+def test_a_new_move_refuses_a_shard_that_a_newer_release_touched(world: World, shell: Shell) -> None:
     world.run(world.split(at=30), State.COMPLETED)
     second = world.split(at=20)
     with world.connect("s2") as connection:
         connection.execute("UPDATE shardmove.about SET layout = layout + 1")
-    assert "shard s2: this shard was touched by a newer release" in refused(command("run", second))
+    assert "shard s2: this shard was touched by a newer release" in refused(shell("run", second))
     with world.connect("s2") as connection:
         connection.execute("UPDATE shardmove.about SET layout = layout - 1")
-    assert command("rollback", second).exit_code == Exit.DONE
+    assert shell("rollback", second).code == Exit.DONE
     with world.connect("s2") as connection:
         connection.execute("UPDATE shardmove.about SET layout = layout + 1")
-    assert "shard s2: this shard was touched by a newer release" in refused(command("uninstall"))
+    assert "shard s2: this shard was touched by a newer release" in refused(shell("uninstall"))

@@ -29,6 +29,7 @@ from shardmove.domain.errors import Failed
 from shardmove.domain.moves import Move
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table
+from shardmove.postgres.locks import GIVE_WAY
 from shardmove.postgres.sql import Interval, type_name
 from shardmove.protocol import fence
 from shardmove.protocol.catch_up import (
@@ -99,6 +100,7 @@ class CopyBatch:
         return BatchDone(self.ordinal, self.interval, digest, time.monotonic() - started)
 
     def _copy_once(self, source: Connection, target: Connection) -> Digest:
+        target.execute(GIVE_WAY)
         await_earlier_try(target, self)
         fence.check_lease(target, self.move.id, self.lease_number)
         fence.check_receiving(target, self.move.id, self.move.source)

@@ -50,9 +50,8 @@ def cut_sql(move: Move, table: Table, interval: Interval, rows: int) -> sql.Comp
     such an index, and one row that travels.
     """
     return sql.SQL(
-        "SELECT {position} FROM (SELECT {keyset}, pg_catalog.row_number() OVER (ORDER BY {order}) AS shardmove_place"
-        " FROM {table} WHERE {in_move} AND {within} ORDER BY {order} LIMIT {rows}) AS batch"
-        " WHERE shardmove_place = {rows}"
+        "SELECT {position} FROM (SELECT {keyset} FROM {table} WHERE {in_move} AND {within}"
+        " ORDER BY {order} LIMIT 1 OFFSET {before}) AS batch"
     ).format(
         position=table.keyset_as_text(),
         keyset=names(table.keyset_names),
@@ -60,7 +59,7 @@ def cut_sql(move: Move, table: Table, interval: Interval, rows: int) -> sql.Comp
         table=table.rows,
         in_move=in_move(move, table),
         within=table.within(interval),
-        rows=sql.Literal(rows),
+        before=sql.Literal(rows - 1),
     )
 
 

@@ -10,6 +10,7 @@ from shardmove.domain import points
 from shardmove.domain.moves import Move
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table
+from shardmove.postgres.locks import GIVE_WAY
 from shardmove.postgres.sql import Interval
 from shardmove.protocol import drift, fence
 from shardmove.protocol.catch_up import in_move
@@ -52,6 +53,7 @@ class EraseBatch:
 
     def _erase(self, connection: Connection, piece: Interval) -> int:
         with connection.transaction():
+            connection.execute(GIVE_WAY)
             fence.check_erasable(connection, self.move.id, self.lease_number)
             drift.check_identity(connection, self.shard, self.move.identities)
             become_replica(connection, self.move.id, [self.table])

@@ -15,9 +15,10 @@ from shardmove.cli.root import Id, app
 from shardmove.cli.words import listed
 from shardmove.config import Config
 from shardmove.coordinator import planner
+from shardmove.coordinator.checks.servers import ANSWERS
 from shardmove.coordinator.estimating import Statistics, choose_rate, estimates
 from shardmove.coordinator.operating import checklist
-from shardmove.domain.errors import Refused
+from shardmove.domain.errors import Refused, Unreachable
 
 plans = typer.Typer(
     help="Plan which ranges go where; prints the plan's id and its moves' ids, and what they will carry.",
@@ -124,6 +125,9 @@ def preflight(desk: Desk, any_id: Id) -> None:
     with desk.catalog(config) as catalog:
         lists = {move.id: checklist(config, move) for move in catalog.resolve(any_id)}
     desk.show(documents.checklists(lists), render.checklists)
+    for lines in lists.values():
+        if lines[0].check == ANSWERS and lines[0].problem is not None:
+            raise Unreachable(lines[0].problem.message, hint=lines[0].problem.hint)
     failed = sum(not line.passed for lines in lists.values() for line in lines)
     if failed:
         raise Refused(f"{failed} checks of {any_id} fail", hint="mend what they name; nothing was changed")

@@ -15,8 +15,11 @@ from shardmove.coordinator import schema_copy
 from shardmove.coordinator.hold import Hold
 from shardmove.domain import points
 from shardmove.domain.errors import Failed
+from shardmove.domain.moves import Direction, State
 from shardmove.postgres.connect import Connection, explain
 from shardmove.protocol import drift, fence, objects, parts
+
+VIOLATIONS_MAX = 5
 
 
 def create_missing(hold: Hold) -> None:
@@ -64,6 +67,9 @@ def finish(hold: Hold) -> None:
     rows = target.execute(
         "SELECT number, statement FROM shardmove.later WHERE move_id = %s ORDER BY number", (hold.move.id,)
     ).fetchall()
+    if rows:
+        fence.raise_number(target, hold.move.id, hold.lease.number)
+        _catch_up(hold)
     for number, statement in rows:
         hold.check()
         _patiently(hold, number, statement)
@@ -73,9 +79,16 @@ def finish(hold: Hold) -> None:
 
 def _patiently(hold: Hold, number: int, statement: str) -> None:
     deadline = time.monotonic() + hold.config.limits.ddl_patience_s
+    violations = 0
     while True:
         try:
             return _run(hold, number, statement)
+        except errors.ForeignKeyViolation as error:
+            # An attendant may have carried a child, and not yet its parent.
+            violations += 1
+            if violations > VIOLATIONS_MAX:
+                raise _refused(hold, statement, error) from error
+            _catch_up(hold)
         except errors.LockNotAvailable:
             if time.monotonic() > deadline:
                 raise Failed(
@@ -87,10 +100,23 @@ def _patiently(hold: Hold, number: int, statement: str) -> None:
         except (errors.OperationalError, errors.InterfaceError):
             raise
         except psycopg.Error as error:
-            raise Failed(
-                f"move {hold.move.id}: {hold.move.target} refused `{statement.splitlines()[0]}`: {explain(error)}",
-                hint="mend what it needs, then run the same command again",
-            ) from error
+            raise _refused(hold, statement, error) from error
+
+
+def _refused(hold: Hold, statement: str, error: psycopg.Error) -> Failed:
+    return Failed(
+        f"move {hold.move.id}: {hold.move.target} refused `{statement.splitlines()[0]}`: {explain(error)}",
+        hint="mend what it needs, then run the same command again",
+    )
+
+
+def _catch_up(hold: Hold) -> None:
+    """Whole transactions of the source are on the target afterwards, where everything is copied."""
+    hold.check()
+    if hold.move.state is State.COPYING:
+        with hold.mirror(Direction.FORWARD) as mirror:
+            mirror.work_off(hold.config.limits.mirror_rows, check=hold.check)
+            mirror.until_empty()
 
 
 def _run(hold: Hold, number: int, statement: str) -> None:
@@ -98,8 +124,7 @@ def _run(hold: Hold, number: int, statement: str) -> None:
     with target.transaction():
         timeout = f"{hold.config.limits.ddl_lock_timeout_ms}ms"
         target.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (timeout,))
-        if fence.read(target, move_id) is not None:
-            parts.hold_lease(target, move_id, hold.lease.number)
+        parts.hold_lease(target, move_id, hold.lease.number)
         target.execute(statement.encode(), prepare=False)
         target.execute("DELETE FROM shardmove.later WHERE move_id = %s AND number = %s", (move_id, number))
         drift.record_fingerprint(target, move_id, hold.tables, lease_number=hold.lease.number)

@@ -265,7 +265,10 @@ class _Crossing:
         return routes.assign(self.hold.move.ranges, shard=owner, move_id=self.hold.move.id, held=held)
 
     def _catch_up(self) -> None:
-        self.mirror.catch_up(full_look=True)
+        try:
+            self.mirror.catch_up(full_look=True)
+        except (errors.QueryCanceled, errors.LockNotAvailable) as error:
+            raise NotNow(f"a catch-up takes longer than {self.limits.max_stall_ms} ms") from error
 
     def _close(self) -> None:
         self.closing_began = time.monotonic()

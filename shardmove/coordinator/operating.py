@@ -36,7 +36,6 @@ from shardmove.domain.errors import (
     LeaseHeld,
     LeaseLost,
     Refused,
-    SchemaDrift,
     ShardmoveError,
     Unreachable,
 )
@@ -115,10 +114,8 @@ class Operator:
         which they are still brought to. Raises what `run.run` raises; of several errors the worst, which tells of the
         others. A rollback by `on_error` is told with its error.
         """
-        left = self._within(RUN, moves)
-        for first in range(0, len(left), parallel):
-            together = left[first : first + parallel]
-            failed = self._side_by_side(together, goal) if len(together) > 1 else self._in_order(together, goal)
+        for wave in self._waves(self._within(RUN, moves), parallel):
+            failed = self._side_by_side(wave, goal) if len(wave) > 1 else self._in_order(wave, goal)
             if failed:
                 if on_error is OnError.ROLLBACK:
                     failed = [(move, self._given_up(move, error)) for move, error in failed]
@@ -133,15 +130,22 @@ class Operator:
         failed = self._in_order([move for move in moves if move.state in ARMING], ARMED)
         reached = [move for move in moves if self.catalog.move(move.id).state not in ARMING]
         failed += self._at_once(reached, State.READY)
-        if self.creates_schema:
-            failed = self._reconciled(reached, failed)
         return failed or ([] if goal is State.READY else self._in_order(moves, goal))
 
-    def _reconciled(self, moves: Sequence[Move], failed: Sequence[Failure]) -> list[Failure]:
-        """What one move makes on a target is DDL to the others there: they look anew once all is made."""
-        left = [failure for failure in failed if not isinstance(failure[1], SchemaDrift)]
-        failed_ids = {move.id for move, _ in left}
-        return left + self._in_order([move for move in moves if move.id not in failed_ids], State.READY)
+    def _waves(self, moves: Sequence[Move], parallel: int) -> Iterator[Sequence[Move]]:
+        """So many at a time; a target whose schema is being made takes one move at a time.
+
+        What that move makes there is DDL to every other one, and its foreign keys would find their rows half copied.
+        """
+        left = list(moves)
+        while left:
+            wave: list[Move] = []
+            for move in left:
+                is_alone = not self.creates_schema or all(move.target != other.target for other in wave)
+                if len(wave) < parallel and is_alone:
+                    wave.append(move)
+            left = [move for move in left if move not in wave]
+            yield wave
 
     def _in_order(self, moves: Sequence[Move], goal: State) -> list[Failure]:
         """Ends with the first failure."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardmove.config import Config
-from shardmove.coordinator.checks.privileges import ON_SHARDS, Grantee, Need, Right, catalog, connecting, statistics
+from shardmove.coordinator.checks.privileges import (
+    ON_SHARDS,
+    Grantee,
+    Need,
+    Right,
+    applying,
+    catalog,
+    connecting,
+    statistics,
+)
 from shardmove.coordinator.checks.site import CATALOG_PLACE
 from shardmove.domain.errors import ShardmoveError, Unreachable
 from shardmove.postgres.connect import connect, safe_dsn, translated
@@ -72,16 +80,14 @@ def grants(config: Config, role: str, *, place: str | None = None, everything: b
     for name, dsn in [(CATALOG_PLACE, config.catalog_dsn), *config.shards.items()]:
         if place in (None, name):
             with connect(dsn, application_name=APPLICATION_NAME) as connection, translated(name):
-                if name == CATALOG_PLACE:
-                    found.append(_grants(name, Grantee.of(connection, (), role), [connecting, catalog], everything))
-                else:
-                    grantee = Grantee.of(connection, config.keyspaces.values(), role)
-                    needs = [connecting, *ON_SHARDS.values(), statistics]
-                    found.append(_grants(name, grantee, needs, everything))
+                keyspaces = () if name == CATALOG_PLACE else config.keyspaces.values()
+                found.append(_grants(name, Grantee.of(connection, keyspaces, role), everything))
     return found
 
 
-def _grants(place: str, grantee: Grantee, needs: Sequence[Need], everything: bool) -> Grants:
+def _grants(place: str, grantee: Grantee, everything: bool) -> Grants:
+    on_shards: tuple[Need, ...] = (*ON_SHARDS.values(), statistics)
+    needs = (connecting, *((applying, catalog) if place == CATALOG_PLACE else on_shards))
     rights = [right for need in needs for right in need(grantee) if everything or not right.held]
     return Grants(place, grantee.exists, tuple(dict.fromkeys(_statement(right) for right in rights)))
 

@@ -148,7 +148,7 @@ _BY_BYTES = """
 """
 
 # `comparable`: it sorts the same on every server. A composite with a collated attribute, or a range over a collated
-# type, sorts by a collation that no expression of ours can replace.
+# type, sorts by a collation that no expression of ours can replace; reg* types sort by numbers that each server gives.
 _COLUMNS = """
     WITH by_bytes AS MATERIALIZED ({by_bytes})
     SELECT a.attname AS name, pg_catalog.format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
@@ -162,7 +162,10 @@ _COLUMNS = """
                               OR part.attcollation <> 0 AND part.attcollation NOT IN (SELECT oid FROM by_bytes)))
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_range r
                            WHERE t.oid IN (r.rngtypid, r.rngmultitypid) AND r.rngcollation <> 0
-                             AND r.rngcollation NOT IN (SELECT oid FROM by_bytes)) AS comparable
+                             AND r.rngcollation NOT IN (SELECT oid FROM by_bytes))
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_type named
+                           WHERE named.oid IN (t.oid, t.typelem, t.typbasetype) AND named.typname LIKE 'reg%'
+                             AND named.typnamespace = 'pg_catalog'::regnamespace) AS comparable
     FROM pg_catalog.pg_attribute a
     JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
     LEFT JOIN pg_catalog.pg_collation co ON co.oid = a.attcollation

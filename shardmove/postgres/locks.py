@@ -2,6 +2,10 @@
 
 A lock request that waits makes everybody behind it wait too. So: look first who would be in the way, ask with a short
 lock_timeout (which is per lock) and a statement_timeout (which is not), one table at a time, and try again later.
+
+Our own long writers, batches and erasures of any move, would be in the way one after the other for as long as they
+have work. They give way: each holds an advisory lock shared while it writes, and who changes a table takes it
+exclusively first, which makes no application wait.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import LiteralString
 
 from psycopg import errors
 
@@ -40,18 +45,35 @@ _IN_THE_WAY = """
     WHERE l.relation IN (SELECT oid FROM family)
       AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
       AND l.granted AND l.mode <> 'SIReadLock' AND a.pid <> pg_catalog.pg_backend_pid()
+      AND (%(givers_of_way)s OR NOT pg_catalog.starts_with(a.application_name, 'shardmove '))
       AND (%(readers)s OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
       AND a.xact_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %(longer_than_s)s)
     ORDER BY 4 DESC
 """
 
 
-def in_the_way(connection: Connection, name: TableName, *, readers: bool, longer_than_s: float) -> list[str]:
+GIVE_WAY_MS = 10_000
+"""How long one try waits for our own writers; a batch takes about a second."""
+_WAY = "pg_catalog.hashtextextended('shardmove changes a table', 0)"
+GIVE_WAY: LiteralString = "SELECT pg_catalog.pg_advisory_xact_lock_shared(" + _WAY + ")"
+"""The first statement of a transaction of ours that writes to a moving table for long."""
+_TAKE_WAY: LiteralString = "SELECT pg_catalog.pg_advisory_xact_lock(" + _WAY + ")"
+
+
+def in_the_way(
+    connection: Connection, name: TableName, *, readers: bool, longer_than_s: float, givers_of_way: bool = True
+) -> list[str]:
     """Who has held a lock on the table, or on a partition of it, for longer, oldest first, in words.
 
-    `readers`: they would be in the way too.
+    `readers`: they would be in the way too. `givers_of_way`: our own sessions are named, too.
     """
-    whose = {"schema": name.schema, "name": name.name, "readers": readers, "longer_than_s": longer_than_s}
+    whose = {
+        "schema": name.schema,
+        "name": name.name,
+        "readers": readers,
+        "longer_than_s": longer_than_s,
+        "givers_of_way": givers_of_way,
+    }
     rows = connection.execute(_IN_THE_WAY, whose).fetchall()
     return [f"pid {pid} ({application}, role {role}) for {age:.1f} s" for pid, application, role, age in rows]
 
@@ -72,10 +94,12 @@ def change_table(
     deadline = time.monotonic() + patience.total_s
     pause = threading.Event()  # a pause that nobody cuts short: retries of a lock have no event to wait for
     while True:
-        blockers = in_the_way(connection, name, readers=readers_block, longer_than_s=patience.lock_timeout_ms / 1000)
+        long_s = patience.lock_timeout_ms / 1000
+        blockers = in_the_way(connection, name, readers=readers_block, longer_than_s=long_s, givers_of_way=False)
         if not blockers and _try(connection, change, patience.lock_timeout_ms):
             return
         if time.monotonic() > deadline:
+            blockers = in_the_way(connection, name, readers=readers_block, longer_than_s=long_s)
             who = "; ".join(blockers) or "short transactions, one after the other"
             raise Failed(
                 f"could not lock the table {name} within {patience.total_s:g} s: in the way: {who}",
@@ -87,6 +111,8 @@ def change_table(
 def _try(connection: Connection, change: Callable[[], None], lock_timeout_ms: int) -> bool:
     try:
         with connection.transaction():
+            connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{GIVE_WAY_MS}ms",))
+            connection.execute(_TAKE_WAY)
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
             connection.execute(
                 "SELECT pg_catalog.set_config('statement_timeout', %s, true)", (f"{lock_timeout_ms * 5}ms",)

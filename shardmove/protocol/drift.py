@@ -1,9 +1,10 @@
 """Two things that no journal entry tells: DDL on a moving table, and a server that lost its tail.
 
 The fingerprint covers what makes a change invisible to row triggers: the file that holds the rows (TRUNCATE of a
-partition, ALTER TYPE … USING), partitions (ATTACH, DETACH), columns and constraints, and triggers with the transaction that last touched them
-(DISABLE and ENABLE again leaves another xmin): the move's own, and the application's, which write twice for as long as
-they fire for a replica. Triggers of other moves and kept fences come and go beside.
+partition, ALTER TYPE … USING), partitions (ATTACH, DETACH), columns and constraints, and rules and triggers with the
+transaction that last touched them (DISABLE and ENABLE again leaves another xmin): the move's own, and the
+application's, of which one that fires for replicas writes a second time for each mirrored row. Other moves' triggers
+and kept fences come and go without harm.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _FINGERPRINT = """
         FROM pg_catalog.pg_trigger t JOIN family f ON t.tgrelid = f.oid
         WHERE NOT t.tgisinternal
           AND (pg_catalog.starts_with(t.tgname, {prefix}) OR NOT pg_catalog.starts_with(t.tgname, 'shardmove_'))
+        UNION ALL
+        SELECT ROW('rule', r.oid, r.xmin)::text FROM pg_catalog.pg_rewrite r JOIN family f ON r.ev_class = f.oid
     )
     SELECT pg_catalog.md5(pg_catalog.string_agg(fact, ' ' ORDER BY fact COLLATE "C")) FROM facts
 """

@@ -67,8 +67,11 @@ def islands(connection: Connection, move_id: str, ordinal: int, table: Table) ->
 
 
 def _element(array: str, number: int, type_: str, collated: bool) -> sql.Composed:
+    """NULL where the interval is open, and not cast then: a domain may forbid it."""
     collate = sql.SQL(' COLLATE "C"') if collated else sql.SQL("")
-    return sql.SQL("({}[{}]::{}){}").format(sql.Identifier(array), sql.Literal(number), type_name(type_), collate)
+    return sql.SQL("(CASE WHEN {0} IS NOT NULL THEN {0}[{1}]::{2} END){3}").format(
+        sql.Identifier(array), sql.Literal(number), type_name(type_), collate
+    )
 
 
 def gate(connection: Connection, row: FenceRow, tables: Sequence[Table]) -> Mapping[int, sql.Composable]:

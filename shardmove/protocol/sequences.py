@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import LiteralString
 
 from shardmove.domain import points
 from shardmove.domain.errors import Failed, Refused
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table, oids, table_sql
 
-_SEQUENCES = """
-    SELECT t.oid::regclass::text, a.attname, s.oid::regclass::text, q.seqincrement, q.seqmax, q.seqmin,
-           coalesce(pg_catalog.pg_sequence_last_value(s.oid), q.seqstart - q.seqincrement), s.oid
+_SEQUENCES: LiteralString = """
     FROM unnest(%s::regclass[]) AS t(oid)
     JOIN (
         SELECT d.refobjid AS relation, d.refobjsubid AS attnum, d.objid AS sequence
@@ -32,6 +31,11 @@ _SEQUENCES = """
     JOIN pg_catalog.pg_class s ON s.oid = used.sequence AND s.relkind = 'S'
     JOIN pg_catalog.pg_sequence q ON q.seqrelid = s.oid
     JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = used.attnum
+"""
+
+_COUNTERS: LiteralString = """
+    SELECT t.oid::regclass::text, a.attname, s.oid::regclass::text, q.seqincrement, q.seqmax, q.seqmin,
+           coalesce(pg_catalog.pg_sequence_last_value(s.oid), q.seqstart - q.seqincrement)
 """
 
 
@@ -56,17 +60,18 @@ Counters = Mapping[tuple[str, str], Counter]
 def counters(connection: Connection, tables: Sequence[Table]) -> Counters:
     """Every sequence that feeds a column of the moving tables: identity, serial, or a default with nextval."""
     listed = [table_sql(table).as_string(connection) for table in tables]
-    rows = connection.execute(_SEQUENCES, (listed,)).fetchall()
+    rows = connection.execute(_COUNTERS + _SEQUENCES, (listed,)).fetchall()
     return {
         (table, column): Counter(name, increment, maximum if increment > 0 else -minimum, last_value)
-        for table, column, name, increment, maximum, minimum, last_value, _ in rows
+        for table, column, name, increment, maximum, minimum, last_value in rows
     }
 
 
 def names(connection: Connection, tables: Sequence[Table]) -> dict[int, str]:
     """The sequences themselves by oid, under names that can be used in statements. Takes no privilege."""
     listed = oids(connection, (table.name for table in tables))
-    return {int(oid): name for _, _, name, *_, oid in connection.execute(_SEQUENCES, (listed,)).fetchall()}
+    rows = connection.execute("SELECT DISTINCT s.oid, s.oid::regclass::text" + _SEQUENCES, (listed,)).fetchall()
+    return dict(sorted(rows))
 
 
 def advance(receiver: Connection, giver: Connection, tables: Sequence[Table], *, margin: int) -> list[str]:

@@ -15,6 +15,7 @@ A case that is refused stops at preflight: with its message, and with nothing ch
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 from collections import Counter
@@ -103,6 +104,7 @@ class Case:
         ddl: run when the move is ready: on the target, the shadow and then the source; after it `later` is written.
         servers: by place (cat, s1, s2, shadow): other servers than `SERVERS`.
         options: by place: further words of CREATE DATABASE.
+        limits: others than `LIMITS`.
         pause_s: between two transactions of the writer.
         refused: None, or a part of what preflight says.
         says: words that the docs add.
@@ -128,6 +130,7 @@ class Case:
     later: tuple[str, ...] = ()
     servers: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, LiteralString] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
     pause_s: float = 0.002
     refused: str | None = None
     says: str = ""
@@ -257,7 +260,7 @@ class Shop:
                         "routes": [{"range": ":", "shard": "s1"}],
                     }
                 },
-                "limits": dict(LIMITS),
+                "limits": {**LIMITS, **case.limits},
             }
         )
 
@@ -357,9 +360,8 @@ class Shop:
         with connect(self.dsns["shadow"], application_name="test") as shadow:
             columns = [row[0] for row in shadow.execute(_ALL_COLUMNS, (name.schema, name.name)).fetchall()]
         query = sql.SQL(
-            "SELECT {key}::text, tableoid::regclass::text,"
-            " CASE WHEN octet_length(row) > {long} THEN md5(row) ELSE row END"
-            " FROM (SELECT {key}, tableoid, ROW({columns})::text AS row FROM {table}) AS t"
+            "SELECT key::text, part::regclass::text, CASE WHEN octet_length(row) > {long} THEN md5(row) ELSE row END"
+            " FROM (SELECT {key}, tableoid, ROW({columns})::text FROM {table}) AS t(key, part, row)"
         ).format(
             key=sql.Identifier(self.keyspace.tables[name]),
             long=sql.Literal(LONG_BYTES),
@@ -369,10 +371,10 @@ class Shop:
         return Counter((self.is_moving(key), part, row) for key, part, row in self.fetch(place, query))
 
     def is_moving(self, key: str) -> bool:
-        """From the key as PostgreSQL prints it. -infinity and infinity of dates and times are beyond every end."""
+        """From the key as PostgreSQL prints it. Dates and times that Python does not have are beyond every end."""
         range_ = self.case.range
-        if key in ("-infinity", "infinity") and self.case.key_type in (KeyType.DATE, KeyType.TIMESTAMPTZ):
-            return (range_.lower if key == "-infinity" else range_.upper) is None
+        if self.case.key_type in (KeyType.DATE, KeyType.TIMESTAMPTZ) and not _IN_PYTHON.match(key):
+            return (range_.lower if key == "-infinity" or key.endswith("BC") else range_.upper) is None
         return self.keyspace.place(self.case.key_type.parse(key)) in range_
 
     # --- the writer
@@ -527,6 +529,7 @@ def _difference(
     )
 
 
+_IN_PYTHON: Final = re.compile(r"\d{4}-(?!.*BC)")
 _ALL_COLUMNS: Final = """
     SELECT attname FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped
       AND attrelid = (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace

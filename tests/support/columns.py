@@ -1,7 +1,7 @@
 """What random schemas are made of: names, keys, and types of columns with odd values of each.
 
-A value is the text that PostgreSQL reads; `value` writes it as SQL. `{n}` in an identity is a row's number, as SQL: each
-gives another value.
+A value is the text that PostgreSQL reads; `value` writes it as SQL. `{n}` in an identity is a row's number, as
+SQL: each gives another value.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ COLUMN_NAMES: Final = (
     "user",
     "k.ey",
 )
-SCHEMA_NAMES: Final = ("public", "shop", "Other Schema", "pg_like", 'odd"%s')
+SCHEMA_NAMES: Final = ("public", "shop", "Other Schema", "Select", 'odd"%s')
 
 KEYS: Final[Mapping[KeyType, tuple[str, ...]]] = {
     KeyType.SMALLINT: ("-32768", "-300", "-1", "0", "1", "7", "99", "32767"),
@@ -138,7 +138,7 @@ VALUES: Final[Mapping[str, tuple[str, ...]]] = {
         "\\N",
         "\\.",
         "a\tb\nc\rd\\",
-        "it's \"é ü\" 漢字 🐘 e\u0301",
+        'it\'s "é ü" 漢字 🐘 e\u0301',
         "NULL",
         "\x01\x7f",
         "{}",
@@ -171,7 +171,7 @@ VALUES: Final[Mapping[str, tuple[str, ...]]] = {
     "jsonb[]": ('{"{\\"a\\": \\"\\\\\\"b\\"}",null}',),
     "int4range": ("empty", "[1,5)", "(,)", "(3,7]"),
     "numrange": ("[1.10,1.100]", "(,NaN]", "empty"),
-    "tstzrange": ('[2024-01-01 00:00+00,infinity)', "(,)"),
+    "tstzrange": ("[2024-01-01 00:00+00,infinity)", "(,)"),
     "int8multirange": ("{}", "{[1,3),[5,9)}"),
     "datemultirange": ("{[2024-01-01,infinity)}", "{(,)}"),
     "inet": ("10.1.2.3/8", "::1", "::ffff:1.2.3.4/120"),
@@ -222,8 +222,7 @@ VALUES_15: Final[Mapping[str, tuple[str, ...]]] = {
 """Types of servers with the usual extensions, and with libxml."""
 
 OWN_TYPES: Final = (
-    "CREATE TYPE {mood} AS ENUM ('sad', 'it''s'); ALTER TYPE {mood} ADD VALUE 'so so' BEFORE 'it''s';"
-    " ALTER TYPE {mood} ADD VALUE 'Ünfroh'",
+    "CREATE TYPE {mood} AS ENUM ('sad', 'so so', 'it''s', 'Ünfroh')",
     "CREATE DOMAIN {positive} AS integer CHECK (VALUE > 0)",
     "CREATE DOMAIN {label} AS text CHECK (length(VALUE) < 1000) NOT NULL DEFAULT 'Label'",
     "CREATE DOMAIN {vector} AS integer[] CHECK (coalesce(array_length(VALUE, 1), 0) < 10)",

@@ -1,12 +1,12 @@
 """A planned move over any schema, and the lines of its checklist.
 
-    def test_…(make_plan: MakePlan) -> None:
-        plan = make_plan("CREATE TABLE orders (tenant_id bigint, id bigint, PRIMARY KEY (tenant_id, id))")
-        plan.execute("s1", "ALTER TABLE orders …")
-        failed = plan.look("the schema is the same")
-        assert not failed.passed
-        plan.follow(failed)                           # runs the SQL of its advice, as it stands
-        assert plan.look("the schema is the same").passed
+def test_…(make_plan: MakePlan) -> None:
+    plan = make_plan("CREATE TABLE orders (tenant_id bigint, id bigint, PRIMARY KEY (tenant_id, id))")
+    plan.execute("s1", "ALTER TABLE orders …")
+    failed = plan.look("the schema is the same")
+    assert not failed.passed
+    plan.follow(failed)                           # runs the SQL of its advice, as it stands
+    assert plan.look("the schema is the same").passed
 """
 
 from __future__ import annotations

@@ -5,26 +5,26 @@
     generated.kinds                     # what it is made of, as words
     generated.refused                   # what was put in that preflight has to refuse; None: nothing
 
-Each table has a key column, an identity that tells the rows of a key apart, and `n`, a number from which the identity is
-made: writes find rows by it. Whatever else the table has (partitions, constraints, triggers, …) is drawn for each.
+Each table has a key column, an identity that tells the rows of a key apart, and `n`, a number from which the identity
+is made: writes find rows by it. Whatever else the table has (partitions, constraints, triggers, …) is drawn for each.
 Writes may fail for a constraint: on the shard and on the shadow alike.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, LiteralString
 
 from shardmove.domain.keys import KeyRange, KeyType
 from shardmove.domain.moves import Keyspace, Scheme, TableName
 from tests.support import columns as made_of
 from tests.support.cases import Case
 from tests.support.columns import quoted, value
+from tests.support.refusals import Refusal, refusals
+from tests.support.relations import FIRST_NEW, Column, Relation
 
-FIRST_NEW: Final = 1000
-"""Rows of the writer are numbered from here; those that are there from the beginning, below."""
 BOTH_OLD: Final = {"s1": "old1", "s2": "old2", "shadow": "old1"}
 SERVERS: Final[tuple[tuple[str, dict[str, str]], ...]] = (
     *[("18", {})] * 6,
@@ -32,6 +32,37 @@ SERVERS: Final[tuple[tuple[str, dict[str, str]], ...]] = (
     ("18 to 15", {"s2": "old2"}),
     *[("15", BOTH_OLD)] * 2,
 )
+
+LOCALES_18: Final[tuple[LiteralString, ...]] = (
+    "LOCALE 'C.utf8'",
+    "LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8' LOCALE 'C'",
+    "LOCALE_PROVIDER builtin BUILTIN_LOCALE 'PG_UNICODE_FAST' LOCALE 'C'",
+)
+LOCALES_15: Final[tuple[LiteralString, ...]] = (
+    "LOCALE 'C.utf8'",
+    "LOCALE_PROVIDER icu ICU_LOCALE 'de' LOCALE 'C.utf8'",
+    "LOCALE_PROVIDER icu ICU_LOCALE 'tr' LOCALE 'C.utf8'",
+)
+
+_COUNTS: Final = """#variable_conflict use_column
+BEGIN
+    IF TG_OP <> 'INSERT' THEN
+        UPDATE {t} AS t SET n = t.n - 1 WHERE t.{k} = OLD.{k};
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        INSERT INTO {t} AS t ({k}, n) VALUES (NEW.{k}, 1) ON CONFLICT ({k}) DO UPDATE SET n = t.n + 1;
+    END IF;
+    RETURN NULL;
+END"""
+_AUDITS: Final = """#variable_conflict use_column
+BEGIN
+    IF TG_OP <> 'DELETE' THEN
+        INSERT INTO {t} ({k}, n) VALUES (NEW.{k}, NEW.{n});
+    ELSE
+        INSERT INTO {t} ({k}, n) VALUES (OLD.{k}, -OLD.{n});
+    END IF;
+    RETURN NULL;
+END"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,71 +83,6 @@ class Generated:
     stops: tuple[str, ...]
 
 
-@dataclass(slots=True)
-class Column:
-    """`extra` comes behind the type; `auto`, what a partition does not repeat: identity, default."""
-
-    name: str
-    type: str
-    extra: str = ""
-    auto: str = ""
-    values: tuple[str, ...] = ()
-    is_nullable: bool = True
-    is_written: bool = True
-
-    def ddl(self, *, is_partition: bool = False) -> str:
-        return f"{quoted(self.name)} {self.type} {self.extra} {'' if is_partition else self.auto}".rstrip()
-
-
-@dataclass(slots=True)
-class Relation:
-    """A table as it is drawn. `unique`: columns that a foreign key may name beside the key."""
-
-    name: TableName
-    key: Column
-    number: Column
-    identity: Column
-    template: str
-    form: str
-    payload: list[Column] = field(default_factory=list)
-    checks: list[str] = field(default_factory=list)
-    constraints: list[str] = field(default_factory=list)
-    parts: list[str] = field(default_factory=list)
-    partition_by: str = ""
-    parent: Relation | None = None
-    later: list[str] = field(default_factory=list)
-    writes: list[str] = field(default_factory=list)
-    unpredictable: list[str] = field(default_factory=list)
-    has_rules: bool = False
-
-    @property
-    def sql(self) -> str:
-        return f"{quoted(self.name.schema)}.{quoted(self.name.name)}"
-
-    @property
-    def k(self) -> str:
-        return quoted(self.key.name)
-
-    @property
-    def i(self) -> str:
-        return quoted(self.identity.name)
-
-    @property
-    def n(self) -> str:
-        return quoted(self.number.name)
-
-    @property
-    def columns(self) -> list[Column]:
-        return [self.key, self.number, self.identity, *self.payload]
-
-    @property
-    def can_be_referenced(self) -> bool:
-        return self.form in ("key, id", "id, key", "unique index", "unique constraint") and self.parent is None
-
-    def id_of(self, n: str) -> str:
-        return self.template.replace("{n}", n)
-
-
 def generate(seed: int) -> Generated:
     return _Builder(seed).build()
 
@@ -133,16 +99,18 @@ class _Builder:
         self.rows: list[str] = []
         self.after_rows: list[str] = []
         self.everywhere: list[str] = []
-        self.only_source: list[str] = []
-        self.only_target: list[str] = []
         self.crossing: list[str] = []
-        self.leave_out: set[str] = set()
+        self.refusal: Refusal | None = None
         self.named = dict[str, str]()
         self.names = self._shuffled(made_of.TABLE_NAMES)
         self.schemas = self._shuffled(made_of.SCHEMA_NAMES)[: self.rng.randint(1, 3)]
         versions, self.servers = self.rng.choice(SERVERS)
         self.kinds.append(f"PostgreSQL {versions}")
         self.is_old, self.is_new = versions == "15", versions == "18"
+        self.locales: dict[str, LiteralString] = {}
+        if (self.is_old or self.is_new) and self._sometimes(0.25, "another locale"):
+            listed = LOCALES_18 if self.is_new else LOCALES_15
+            self.locales = {place: self.rng.choice(listed) for place in ("s1", "s2", "shadow")}
 
     # --- drawing
 
@@ -175,7 +143,9 @@ class _Builder:
             self._child_table()
         self._foreign_keys()
         self._effects()
-        refused = self._injection() if self._sometimes(0.12) else None
+        if self._sometimes(0.12):
+            listed = refusals(self.schemas[0], self.key_type, self.keys)
+            self.refusal = self.rng.choice(listed)
         stops = tuple(
             stop
             for stop in (
@@ -191,33 +161,40 @@ class _Builder:
             self._case(),
             tuple(dict.fromkeys(self.kinds)),
             tuple(self.crossing),
-            refused,
+            self.refusal.name if self.refusal else None,
             stops,
         )
 
     def _case(self) -> Case:
+        keys = ", ".join(f"({value(key, str(self.key_type))})" for key in self.loaded)
         for table in self.tables:
-            self._load(table)
-            self._write(table)
+            self.rows += table.load(self.rng, keys)
+            table.writes += table.write(self.rng)
+            self.crossing += table.cross()
+        refusal = self.refusal or Refusal("", "")
         unpredictable = {str(each.name): tuple(each.unpredictable) for each in self.tables if each.unpredictable}
         return Case(
             kind=f"seed {self.seed}",
             group="random",
-            schema=";\n".join([*self._schema(), *self.only_source]),
-            target_schema=";\n".join([*self._schema(), *self.only_target]),
+            schema=";\n".join([*self._schema(), *refusal.schema, *refusal.source]),
+            target_schema=";\n".join([*self._schema(), *refusal.schema, *refusal.target]),
             prepared=";\n".join(self.prepared),
-            tables={str(each.name): each.key.name for each in self.tables if str(each.name) not in self.leave_out},
+            tables={
+                **{str(each.name): each.key.name for each in self.tables},
+                **({refusal.table: "k"} if self.refusal else {}),
+            },
             reference_tables=tuple(map(str, self.reference_tables)),
             key_type=self.key_type,
             scheme=self.scheme,
             moving=str(self.range),
-            rows=";\n".join([*self.rows, *self.after_rows]),
+            rows=";\n".join([*self.rows, *self.after_rows, *refusal.rows]),
             everywhere=";\n".join(self.everywhere),
             keys=tuple(self.keys),
             writes=tuple(self._shuffled([write for each in self.tables for write in each.writes])[:24]),
             unpredictable=unpredictable,
             servers=self.servers,
-            pause_s=0.0005,
+            options=self.locales,
+            pause_s=0.002,
         )
 
     # --- keys
@@ -244,7 +221,7 @@ class _Builder:
         places = {text: keyspace.place(self.key_type.parse(text)) for text in pool}
         ends: list[Any] = sorted(places.values())
         low = self.rng.randrange(len(ends) - 1)
-        high = self.rng.randrange(low + 1, len(ends)) if low else self.rng.randrange(1, len(ends))
+        high = self.rng.randrange(low + 1, len(ends))
         is_open_below = low == 0 and self._sometimes(0.7)
         is_open_above = not is_open_below and low > 0 and self._sometimes(0.3)
         lower = None if is_open_below or ends[low] == keyspace.bound_type.least else ends[low]
@@ -301,7 +278,9 @@ class _Builder:
 
     def _table(self) -> Relation:
         type_, template = self.rng.choice(list(made_of.IDENTITIES.items()))
-        form = self.rng.choice(("key, id", "key, id", "id, key", "key, id, n", "key", "unique index", "unique constraint"))
+        form = self.rng.choice(
+            ("key, id", "key, id", "id, key", "key, id, n", "key", "unique index", "unique constraint")
+        )
         table = Relation(
             self._new_name(),
             self._key_column(),
@@ -358,7 +337,7 @@ class _Builder:
             is_parted = bool(nested) and number == 1
             self._partition(table, part, table.sql, bounds + (nested if is_parted else ""))
             for rest in range(2) if is_parted else ():
-                leaf = f"{part[:-1]} {rest}\""
+                leaf = f'{part[:-1]} {rest}"'
                 self._partition(table, leaf, part, f"FOR VALUES WITH (MODULUS 2, REMAINDER {rest})")
 
     def _lowest_key(self, key: str) -> bool:
@@ -395,7 +374,9 @@ class _Builder:
             case "id, key":
                 table.constraints.append(f"PRIMARY KEY ({i}, {k})")
             case "key, id, n":
-                table.constraints.append(f"PRIMARY KEY ({n}, {k}, {i})" if self._sometimes(0.5) else f"PRIMARY KEY ({k}, {i}, {n})")
+                table.constraints.append(
+                    f"PRIMARY KEY ({n}, {k}, {i})" if self._sometimes(0.5) else f"PRIMARY KEY ({k}, {i}, {n})"
+                )
             case "key":
                 table.constraints.append(f"PRIMARY KEY ({k})")
             case "unique index":
@@ -409,7 +390,7 @@ class _Builder:
         if table.form == "key" or not self._sometimes(0.5):
             return
         table.payload.append(Column("code", "text", values=(), is_written=False))
-        partition = f", {n}" if "by number" in self.kinds or f"({n})" in table.partition_by else ""
+        partition = f", {n}" if table.is_parted_by_number else ""
         kinds = ["unique", "unique expression", "nulls not distinct", "deferrable unique", "partial unique"]
         if not table.partition_by:
             kinds.append("exclusion by btree")
@@ -425,7 +406,9 @@ class _Builder:
             case "nulls not distinct":
                 table.constraints.append(f"UNIQUE NULLS NOT DISTINCT {columns}")
             case "deferrable unique":
-                table.constraints.append(f"UNIQUE {columns} DEFERRABLE INITIALLY {self._choice('DEFERRED', 'IMMEDIATE')}")
+                table.constraints.append(
+                    f"UNIQUE {columns} DEFERRABLE INITIALLY {self._choice('DEFERRED', 'IMMEDIATE')}"
+                )
                 table.writes.append(
                     f"UPDATE {t} SET code = CASE code WHEN 'c1' THEN 'c2' ELSE 'c1' END"
                     f" WHERE {k} = $key AND code IN ('c1', 'c2')"
@@ -475,7 +458,7 @@ class _Builder:
 
     def _check(self, table: Relation) -> None:
         if self._sometimes(0.3, "check"):
-            table.checks.append(f"CONSTRAINT \"n is small\" CHECK ({table.n} < 90000000)")
+            table.checks.append(f'CONSTRAINT "n is small" CHECK ({table.n} < 90000000)')
         if self._sometimes(0.2, "check NOT VALID"):
             no_inherit = " NO INHERIT" if not table.partition_by and self._sometimes(0.3) else ""
             table.later.append(
@@ -496,7 +479,7 @@ class _Builder:
             if self._sometimes(0.15, "further index"):
                 table.later.append(f"CREATE INDEX ON {t} {index}")
         if self._sometimes(0.1, "statistics"):
-            table.later.append(f"CREATE STATISTICS ON {k}, {n} FROM {t}")
+            table.later.append(f'CREATE STATISTICS {t[:-1]} statistics" ON {k}, {n} FROM {t}')
         if self._sometimes(0.1, "replica identity full"):
             table.later.append(f"ALTER TABLE {t} REPLICA IDENTITY FULL")
         if not table.partition_by and self._sometimes(0.2, "storage parameters"):
@@ -527,7 +510,7 @@ class _Builder:
                 if parent.can_be_referenced and child.parent is None and self._sometimes(0.35):
                     self._foreign_key(child, parent)
         if self._sometimes(0.3, "foreign key to a reference table"):
-            self._reference_table(self.rng.choice(self.tables))
+            self._reference_table(self.rng.choice([each for each in self.tables if each.parent is None]))
 
     def _foreign_key(self, child: Relation, parent: Relation) -> None:
         name = f"ref{len(child.payload)}"
@@ -550,15 +533,18 @@ class _Builder:
             f" (SELECT FROM {parent.sql} p WHERE p.{parent.k} = {child.sql}.{child.k} AND p.{parent.i}"
             f" = {parent.id_of(f'(1 + {child.sql}.{child.n} % 4)')})"
         )
+        sets, some = f"UPDATE {child.sql} SET {ref}", f"WHERE {child.k} = $key AND {child.n} % 4 ="
         child.writes += [
-            f"UPDATE {child.sql} SET {ref} = {parent.id_of('(1 + $n % 5)')} WHERE {child.k} = $key AND {child.n} % 4 = 1",
-            f"UPDATE {child.sql} SET {ref} = NULL WHERE {child.k} = $key AND {child.n} % 4 = 2",
+            f"{sets} = {parent.id_of('(1 + $n % 5)')} {some} 1",
+            f"{sets} = NULL {some} 2",
         ]
 
     def _reference_table(self, table: Relation) -> None:
         name = self._new_name()
         countries = f"{quoted(name.schema)}.{quoted(name.name)}"
-        self.preamble.append(f"CREATE TABLE {countries} (code text PRIMARY KEY, \"Name\" text, flag {self.named['mood']})")
+        self.preamble.append(
+            f'CREATE TABLE {countries} (code text PRIMARY KEY, "Name" text, flag {self.named["mood"]})'
+        )
         rows = f"INSERT INTO {countries} VALUES ('de', 'Ä\\', 'sad'), ('ch', NULL, NULL), ('%s', '', 'Ünfroh')"
         if self._sometimes(0.5, "reference table filled by the move"):
             self.rows.insert(0, rows)
@@ -566,10 +552,10 @@ class _Builder:
             self.everywhere.append(rows)
         self.reference_tables.append(name)
         action = self._choice("CASCADE", "NO ACTION")
-        table.payload.append(
-            Column("country", "text", values=("'de'", "'ch'", "'%s'", "'nowhere'") if False else ("'de'", "'ch'", "'%s'"))
+        table.payload.append(Column("country", "text", values=("'de'", "'ch'", "'%s'")))
+        table.later.append(
+            f"\1ALTER TABLE {table.sql} ADD FOREIGN KEY (country) REFERENCES {countries} ON UPDATE {action}"
         )
-        table.later.append(f"\1ALTER TABLE {table.sql} ADD FOREIGN KEY (country) REFERENCES {countries} ON UPDATE {action}")
 
     # --- what tables do by themselves
 
@@ -596,39 +582,37 @@ class _Builder:
         )
         when = f" WHEN (OLD.{table.n} % 5 <> 1)" if self._sometimes(0.3) else ""
         table.later.append(
-            f"CREATE TRIGGER \"1 touch\" BEFORE UPDATE ON {table.sql} FOR EACH ROW{when} EXECUTE FUNCTION {function}()"
+            f'CREATE TRIGGER "1 touch" BEFORE UPDATE ON {table.sql} FOR EACH ROW{when} EXECUTE FUNCTION {function}()'
         )
 
     def _totals(self, table: Relation) -> None:
         """A table that only triggers write: it drifts as soon as one of them fires for a row that is mirrored."""
         key = Column(table.key.name, table.key.type, "NOT NULL")
         totals = Relation(
-            self._new_name(), key, Column("n", "bigint", "NOT NULL"), Column("id", "integer"), "({n})::integer", "key"
+            self._new_name(),
+            key,
+            Column("n", "bigint", "NOT NULL"),
+            Column("id", "integer"),
+            "({n})::integer",
+            "totals",
         )
         totals.constraints.append(f"PRIMARY KEY ({totals.k})")
         function = f"{quoted(totals.name.schema)}.{quoted('count ' + totals.name.name[:40])}"
         k, t = totals.k, totals.sql
-        body = (
-            f"BEGIN IF TG_OP <> 'INSERT' THEN UPDATE {t} AS t SET n = t.n - 1 WHERE t.{k} = OLD.{k}; END IF;"
-            f" IF TG_OP <> 'DELETE' THEN INSERT INTO {t} AS t VALUES (NEW.{k}, 1, 0)"
-            f" ON CONFLICT ({k}) DO UPDATE SET n = t.n + 1; END IF; RETURN NULL; END"
-        )
+        body = _COUNTS.format(t=t, k=k)
         if self._sometimes(0.5, "trigger writes an audit with an identity"):
             totals.form = "audit"
             totals.identity.auto = "GENERATED ALWAYS AS IDENTITY"
             totals.unpredictable.append("id")
             totals.constraints[0] = f"PRIMARY KEY ({k}, id)"
-            body = (
-                f"BEGIN IF TG_OP <> 'DELETE' THEN INSERT INTO {t} ({k}, n) VALUES (NEW.{k}, NEW.{table.n}); ELSE"
-                f" INSERT INTO {t} ({k}, n) VALUES (OLD.{k}, -OLD.{table.n}); END IF; RETURN NULL; END"
-            )
+            body = _AUDITS.format(t=t, k=k, n=table.n)
         totals.writes = [f"UPDATE {t} SET n = n + 1000 WHERE {k} = $key"]
         self.tables.append(totals)
         constraint = "CONSTRAINT " if self._sometimes(0.3, "constraint trigger") else ""
         deferred = "DEFERRABLE INITIALLY DEFERRED " if constraint else ""
         table.later += [
             f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $body${body}$body$",
-            f"CREATE {constraint}TRIGGER \"after\" AFTER INSERT OR UPDATE OR DELETE ON {table.sql} {deferred}FOR EACH ROW"
+            f'CREATE {constraint}TRIGGER "after" AFTER INSERT OR UPDATE OR DELETE ON {table.sql} {deferred}FOR EACH ROW'
             f" EXECUTE FUNCTION {function}()",
         ]
 
@@ -637,12 +621,12 @@ class _Builder:
         rule = self._choice("rule DO INSTEAD NOTHING", "rule DO ALSO")
         do = "INSTEAD NOTHING" if "INSTEAD" in rule else "ALSO SELECT 1"
         where = f"WHERE OLD.{table.n} % 3 = 2 " if "INSTEAD" in rule else ""
-        table.later.append(f"CREATE RULE \"no loss\" AS ON DELETE TO {table.sql} {where}DO {do}")
+        table.later.append(f'CREATE RULE "no loss" AS ON DELETE TO {table.sql} {where}DO {do}')
 
     # --- the schema as it is run
 
     def _schema(self) -> list[str]:
-        """Run on each shard: columns stand in another order, and others have been dropped, each time it is asked for."""
+        """Drawn for each shard: columns stand in another order, and others have been dropped."""
         lines = [*self.preamble, *(line for each in self.tables for line in self._create(each))]
         later = [line for each in self.tables for line in each.later]
         return [
@@ -669,156 +653,3 @@ class _Builder:
             *drop,
             *(self._attached(table, line) for line in table.parts),
         ]
-
-    # --- rows and writes
-
-    def _load(self, table: Relation) -> None:
-        if table.form == "audit" or (table.form == "key" and len(table.columns) == 3):
-            return  # its triggers fill it
-        rows = 1 if table.form == "key" else self.rng.randint(5, 14)
-        keys = ", ".join(f"({value(key, str(self.key_type))})" for key in self.loaded)
-        columns, values = self._values(table, "n", "k")
-        self.rows.append(
-            f"INSERT INTO {table.sql} ({', '.join(columns)}) SELECT {', '.join(values)}"
-            f" FROM (VALUES {keys}) AS loaded(k), generate_series(1, {rows}) AS n"
-        )
-
-    def _values(self, table: Relation, n: str, key: str) -> tuple[list[str], list[str]]:
-        """Column names and SQL for a row with that number."""
-        columns = [table.k, table.n, table.i]
-        values = [key, n, table.id_of(n)]
-        for place, column in enumerate(table.payload):
-            if column.name == "code":
-                columns.append("code")
-                values.append(f"'c' || ({n})::text")
-            elif column.is_written and not (column.auto and place % 2):
-                columns.append(quoted(column.name))
-                values.append(self._one_of(column, f"(({n}) + {place})"))
-        return columns, values
-
-    def _one_of(self, column: Column, n: str) -> str:
-        listed = [*column.values, *(["NULL"] if column.is_nullable else [])]
-        whens = " ".join(f"WHEN {number} THEN {text}" for number, text in enumerate(listed))
-        return f"CASE ({n}) % {len(listed)} {whens} END"
-
-    def _write(self, table: Relation) -> None:
-        if table.form == "audit" or (table.form == "key" and len(table.columns) == 3):
-            return
-        k, n, t = table.k, table.n, table.sql
-        new = f"{FIRST_NEW} + $n" if table.form != "key" else "1"
-        mine = f"WHERE {k} = $key AND {n} = {new}"
-        insert = "INSERT INTO {} ({}) SELECT {}"
-        columns, values = self._values(table, f"({new})", "$key")
-        inserts = insert.format(t, ", ".join(columns), ", ".join(values))
-        written = [column for column in table.payload if column.is_written]
-        if table.form == "key":
-            table.writes += [inserts, f"{inserts} ON CONFLICT DO NOTHING", f"DELETE FROM {t} {mine} AND $n % 4 = 0"]
-        else:
-            delete = f"DELETE FROM {t} WHERE {k} = $key AND {n} BETWEEN {FIRST_NEW} AND {FIRST_NEW} + $n - 3"
-            table.writes += [
-                inserts,
-                inserts,
-                delete,
-                f"{inserts}; DELETE FROM {t} {mine}; {inserts}",
-                f"UPDATE {t} SET {table.i} = {table.id_of(f'(500000 + {n})')} {mine}",
-                f"UPDATE {t} SET {table.i} = {table.id_of(f'(700000 + {n})')} WHERE {k} = $key AND {n} = 1 + $n % 6;"
-                f" UPDATE {t} SET {table.i} = {table.id_of(n)} WHERE {k} = $key AND {n} = 1 + ($n + 3) % 6",
-                f"UPDATE {t} SET {k} = $other {mine}",
-                f"DELETE FROM {t} WHERE {k} = $key AND {n} = 1 + $n % 6",
-            ]
-            self.crossing += [
-                f"UPDATE {t} SET {k} = $cross {mine}",
-                f"UPDATE {t} SET {k} = $cross WHERE {k} = $key AND {n} = 1 + $n % 7",
-            ]
-            lost = insert.format(t, *(", ".join(each) for each in self._values(table, "(1 + $n % 6)", "$key")))
-            table.writes.append(f"{lost} ON CONFLICT DO NOTHING" if not table.has_rules else lost)
-        if f"({n})" in table.partition_by:
-            table.writes.append(f"UPDATE {t} SET {n} = {n} + 2000000 {mine}")
-        for column in self.rng.sample(written, min(2, len(written))):
-            table.writes.append(f"UPDATE {t} SET {quoted(column.name)} = {self._one_of(column, '$n')} WHERE {k} = $key")
-        if not table.has_rules and table.parent is None and table.form == "key, id":
-            target = f"{t} AS t USING (SELECT $key AS k) AS s ON t.{k} = s.k AND t.{n} = {new}"
-            first = quoted(written[0].name) if written else n
-            to = self._one_of(written[0], "$n") if written else new
-            table.writes.append(f"MERGE INTO {target} WHEN MATCHED THEN UPDATE SET {first} = {to}")
-
-    # --- what preflight must refuse
-
-    def _injection(self) -> str:
-        extra = f"{quoted(self.schemas[0])}.extra"
-        name = str(TableName(self.schemas[0], "extra"))
-        type_ = str(self.key_type)
-        key, loaded = value(self.keys[0], type_), f"INSERT INTO {extra} SELECT k, 1 FROM (VALUES {{}}) AS l(k)"
-        loaded = loaded.format(", ".join(f"({value(each, type_)})" for each in self.keys))
-        create = f"CREATE TABLE {extra} (k {type_} NOT NULL, n integer NOT NULL{{}})"
-        plain = create.format(", PRIMARY KEY (k, n)")
-        outside = f"{quoted(self.schemas[0])}.outside"
-        injections: dict[str, Callable[[], list[str]]] = {
-            "no unique key": lambda: [create.format("")],
-            "a key that may be NULL": lambda: [f"CREATE TABLE {extra} (k {type_}, n integer, UNIQUE (k, n))"],
-            "unique without the key": lambda: [plain, f"CREATE UNIQUE INDEX ON {extra} (n) WHERE n < 0"],
-            "exclusion without the key": lambda: [
-                create.format(", PRIMARY KEY (k, n), EXCLUDE (n WITH =) WHERE (n < 0)")
-            ],
-            "foreign key from outside": lambda: [
-                plain,
-                f"CREATE TABLE {outside} (k {type_}, n integer, FOREIGN KEY (k, n) REFERENCES {extra})",
-            ],
-            "foreign key to the outside": lambda: [
-                plain,
-                f"CREATE TABLE {outside} (n integer PRIMARY KEY)",
-                f"INSERT INTO {outside} VALUES (1)",
-                f"ALTER TABLE {extra} ADD FOREIGN KEY (n) REFERENCES {outside}",
-            ],
-            "foreign key that does not tie the key": lambda: [
-                create.format(", k2 " + type_ + ", n2 integer, PRIMARY KEY (k, n)"),
-                f"ALTER TABLE {extra} ADD FOREIGN KEY (k2, n2) REFERENCES {extra} (k, n)",
-            ],
-            "unlogged": lambda: [plain, f"ALTER TABLE {extra} SET UNLOGGED"],
-            "trigger ENABLE ALWAYS": lambda: [
-                plain,
-                f"CREATE FUNCTION {extra}_f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
-                f"CREATE TRIGGER always BEFORE UPDATE ON {extra} FOR EACH ROW EXECUTE FUNCTION {extra}_f()",
-                f"ALTER TABLE {extra} ENABLE ALWAYS TRIGGER always",
-            ],
-            "rule ENABLE REPLICA": lambda: [
-                plain,
-                f"CREATE RULE copies AS ON DELETE TO {extra} DO INSTEAD NOTHING",
-                f"ALTER TABLE {extra} ENABLE REPLICA RULE copies",
-            ],
-            "forced row security": lambda: [
-                plain,
-                f"ALTER TABLE {extra} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
-                f"CREATE POLICY everything ON {extra} USING (true)",
-            ],
-            "a sequence that is too small": lambda: [create.format(", s smallserial, PRIMARY KEY (k, n)")],
-            "a child that is not named": lambda: [plain, f"CREATE TABLE {outside} () INHERITS ({extra})"],
-            "a generated key": lambda: [
-                f"CREATE TABLE {extra} (b {type_}, n integer, k {type_} GENERATED ALWAYS AS (b) STORED NOT NULL,"
-                " PRIMARY KEY (k, n))"
-            ],
-            "a key of another type": lambda: [f"CREATE TABLE {extra} (k boolean, n integer, PRIMARY KEY (k, n))"],
-            "a published table without replica identity": lambda: [
-                create.format(""),
-                f"CREATE UNIQUE INDEX ON {extra} (k, n)",
-                f"CREATE PUBLICATION followed FOR TABLE {extra}",
-            ],
-            "a column that the target lacks": lambda: [plain],
-            "rows of the range on the target": lambda: [plain],
-            "a constraint NOT VALID that rows break": lambda: [plain],
-        }
-        chosen = self.rng.choice(list(injections))
-        self.preamble += injections[chosen]()
-        match chosen:
-            case "a column that the target lacks":
-                self.only_source.append(f"ALTER TABLE {extra} ADD COLUMN more text")
-            case "rows of the range on the target":
-                self.only_target.append(f"INSERT INTO {extra} VALUES ({key}, 5)")
-            case "a constraint NOT VALID that rows break":
-                self.rows.append(loaded)
-                self.after_rows.append(f"ALTER TABLE {extra} ADD CHECK (n > 5) NOT VALID")
-                self.only_target.append(f"ALTER TABLE {extra} ADD CHECK (n > 5) NOT VALID")
-            case _:
-                pass
-        self.tables_extra = name
-        return chosen

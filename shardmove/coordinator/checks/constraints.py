@@ -20,10 +20,10 @@ def _unique(site: Site) -> Problem | None:
         Problem(
             f"the {'exclusion constraint' if excludes else 'unique index'} {shown(name)} of {shown(relation)} on"
             f" {shard} does not hold the key column {key_column} as {'=' if excludes else 'it is'}",
-            on({shard: [*drops, mend]}),
+            on({shard: [*before, mend]}),
         )
         for shard, connection in site.sides
-        for relation, name, key_column, excludes, drops, mend in ask(
+        for relation, name, key_column, excludes, before, mend in ask(
             connection, site.move.keyspace.tables, _WITHOUT_KEY
         )
     )
@@ -31,9 +31,12 @@ def _unique(site: Site) -> Problem | None:
 
 # The index of a partition that belongs to an index of the whole table is answered for by that one. An exclusion
 # constraint has to compare the key column by =, and no index may compare it by a collation that takes different texts
-# for equal. `drops`: foreign keys that rest on the constraint, which can be made anew over the key.
+# for equal. `before`: foreign keys that rest on the constraint, which can be made anew over the key; a gist index
+# compares plain types with btree_gist.
 _WITHOUT_KEY: LiteralString = """
     SELECT i.indrelid::regclass::text, i.indexrelid::regclass::text, f.key_column, i.indisexclusion,
+           ARRAY(SELECT 'CREATE EXTENSION IF NOT EXISTS btree_gist;' FROM pg_catalog.pg_class x
+                 JOIN pg_catalog.pg_am m ON m.oid = x.relam AND m.amname = 'gist' WHERE x.oid = i.indexrelid) ||
            ARRAY(SELECT pg_catalog.format('ALTER TABLE %%s DROP CONSTRAINT %%I;', r.conrelid::regclass, r.conname)
                  FROM pg_catalog.pg_constraint r
                  WHERE r.contype = 'f' AND r.conindid = i.indexrelid AND r.conparentid = 0),
@@ -84,7 +87,7 @@ def _foreign_keys_of(site: Site, shard: str, connection: Connection) -> Iterator
                 yield Problem(
                     f"the foreign key {each['name']} of {child} on {shard} does not tie {child_key} to"
                     f" {parent}.{parent_key}: a row that stays could reference one that moves",
-                    on({shard: [*_unique_for(each, parent_key), f"{drop}, {_tied(each, child_key, parent_key)};"]}),
+                    on({shard: _made_anew(each, drop, child_key, parent_key)}),
                 )
         elif child_key is not None and tuple(each["parent_root"]) not in references:
             yield _outside(site, shard, each, parent, drop, f"; or {entry(site)} or reference_tables: add {parent}")
@@ -92,6 +95,12 @@ def _foreign_keys_of(site: Site, shard: str, connection: Connection) -> Iterator
             is_reference = tuple(each["child_root"]) in references
             add = "" if is_reference else f"; or {entry(site)}: add {child}"
             yield _outside(site, shard, each, child, drop, add)
+
+
+def _made_anew(each: Mapping[str, Any], drop: str, child_key: str, parent_key: str) -> list[str]:
+    if each["rest"] is None:
+        return [f"{drop};"]
+    return [*_unique_for(each, parent_key), f"{drop}, {_tied(each, child_key, parent_key)};"]
 
 
 def _outside(site: Site, shard: str, each: Mapping[str, Any], outside: TableName, drop: str, otherwise: str) -> Problem:
@@ -136,18 +145,16 @@ def _unique_for(each: Mapping[str, Any], parent_key: str) -> list[str]:
     return [f"ALTER TABLE {each['parent']} ADD UNIQUE ({columns});"]
 
 
-# What a partition ties by a constraint of its own is tied for the whole table. `rest`: everything after the columns.
+# What a partition ties by a constraint of its own is tied for the whole table. `rest`: everything after the columns;
+# NULL for a foreign key over a period, which is written otherwise.
 _FOREIGN_KEYS: LiteralString = """
     SELECT pg_catalog.quote_ident(f.conname) AS name,
            f.conrelid::regclass::text AS child, f.confrelid::regclass::text AS parent,
            ARRAY[cn.nspname, c.relname]::text[] AS child_root, ARRAY[pn.nspname, p.relname]::text[] AS parent_root,
            child.columns AS child_columns, child.quoted AS child_quoted,
            parent.columns AS parent_columns, parent.quoted AS parent_quoted,
-           coalesce(pg_catalog.substring(pg_catalog.pg_get_constraintdef(f.oid),
-                                         pg_catalog.length(pg_catalog.format(
-                                             'FOREIGN KEY (%s) REFERENCES %s(%s)',
-                                             pg_catalog.array_to_string(child.quoted, ', '), f.confrelid::regclass,
-                                             pg_catalog.array_to_string(parent.quoted, ', '))) + 1), '') AS rest,
+           CASE WHEN pg_catalog.starts_with(said.text, beginning.text)
+                THEN pg_catalog.substr(said.text, pg_catalog.length(beginning.text) + 1) END AS rest,
            (SELECT coalesce(pg_catalog.json_agg(u.columns), '[]') FROM (
                 SELECT pg_catalog.json_agg(a.attname) AS columns FROM pg_catalog.pg_constraint k
                 JOIN pg_catalog.pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)
@@ -167,6 +174,10 @@ _FOREIGN_KEYS: LiteralString = """
                array_agg(pg_catalog.quote_ident(a.attname) ORDER BY k.place) AS quoted
         FROM unnest(f.confkey) WITH ORDINALITY AS k(attnum, place)
         JOIN pg_catalog.pg_attribute a ON a.attrelid = f.confrelid AND a.attnum = k.attnum) AS parent
+    CROSS JOIN LATERAL pg_catalog.pg_get_constraintdef(f.oid) AS said(text)
+    CROSS JOIN LATERAL pg_catalog.format(
+        'FOREIGN KEY (%s) REFERENCES %s(%s)', pg_catalog.array_to_string(child.quoted, ', '), f.confrelid::regclass,
+        pg_catalog.array_to_string(parent.quoted, ', ')) AS beginning(text)
     WHERE f.contype = 'f' AND f.conparentid = 0
     ORDER BY 2, 1
 """

@@ -1,4 +1,4 @@
-"""Checks of what happens by itself: triggers and rules of the tables, policies, event triggers."""
+"""Checks of what happens by itself: triggers and rules of the tables, policies, publications, event triggers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import LiteralString
 
 import psycopg
-from psycopg import errors
+from psycopg import errors, sql
 
 from shardmove.coordinator.checks.asking import ask, gathered, shown
 from shardmove.coordinator.checks.site import Checks, Note, Problem, Site, on
@@ -91,6 +91,35 @@ _OWN_EFFECTS: LiteralString = """
 """
 
 
+def _deletable(site: Site) -> Problem | None:
+    """The mirror, the erasure and the application delete rows on either side: a publication forbids that where a table
+    has no replica identity, or one without what its filter asks. Tried on every partition, and rolled back."""
+    return gathered(problem for shard, connection in site.sides for problem in _try_deleting(site, shard, connection))
+
+
+def _try_deleting(site: Site, shard: str, connection: Connection) -> Iterator[Problem]:
+    for schema, name, relation in ask(connection, site.move.keyspace.tables, _LEAVES):
+        try:
+            with connection.transaction(force_rollback=True):
+                patience = f"{site.limits.ddl_lock_timeout_ms}ms"
+                connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (patience,))
+                connection.execute(sql.SQL("DELETE FROM ONLY {} WHERE false").format(sql.Identifier(schema, name)))
+        except (errors.ObjectNotInPrerequisiteState, errors.InvalidColumnReference) as error:
+            yield Problem(
+                f"rows of {shown(relation)} cannot be deleted on {shard}: {explain(error)}",
+                on({shard: [f"ALTER TABLE {relation} REPLICA IDENTITY FULL;"]}),
+            )
+        except (errors.InsufficientPrivilege, errors.LockNotAvailable):
+            continue  # another line asks for rights; a lock says nothing of the table
+
+
+_LEAVES: LiteralString = """
+    SELECT n.nspname, c.relname, c.oid::regclass::text
+    FROM family f JOIN pg_catalog.pg_class c ON c.oid = f.oid AND c.relkind = 'r'
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace ORDER BY 3
+"""
+
+
 def _event_triggers(site: Site) -> Problem | None:
     """A move makes a schema, tables, functions and triggers on both shards: event triggers may forbid it. Where there
     are some, it is tried on a table of our own, and rolled back."""
@@ -138,4 +167,7 @@ EFFECTS: Checks = (
     ("no trigger or rule fires for replicas", _triggers),
     ("triggers and policies are the same on both shards", _one_sided),
 )
-TRIALS: Checks = (("event triggers let our objects pass", _event_triggers),)
+TRIALS: Checks = (
+    ("rows can be deleted on both shards", _deletable),
+    ("event triggers let our objects pass", _event_triggers),
+)

@@ -203,8 +203,16 @@ def _keyset_problems(shard: str, connection: Connection, table: Table) -> Iterat
         yield Note(
             f"no index of {shown(relation)} on {shard} holds ({columns}) in the order of the texts' bytes: each batch"
             " sorts the table",
-            None if described.is_partitioned else on({shard: [_bytewise_index(connection, described, relation)]}),
+            _IN_PARTITIONS
+            if described.is_partitioned
+            else on({shard: [_bytewise_index(connection, described, relation)]}),
         )
+
+
+_IN_PARTITIONS: Final = (
+    'a partitioned table takes no such index beside its key: make it anew with columns COLLATE "C", or expect batches'
+    " to take longer"
+)
 
 
 def table_text(connection: Connection, table: Table) -> str:

@@ -144,9 +144,10 @@ _OWNED = """
     FROM (
         SELECT 'SCHEMA' AS kind, oid::regnamespace::text AS name, nspowner AS owner, 1 AS place FROM ours
         UNION ALL
-        SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, c.oid::regclass::text, c.relowner, 2
+        SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END,
+               c.oid::regclass::text, c.relowner, 2
         FROM pg_catalog.pg_class c JOIN ours ON ours.oid = c.relnamespace
-        WHERE c.relkind IN ('r', 'p', 'S') AND NOT EXISTS (
+        WHERE c.relkind IN ('r', 'p', 'v', 'S') AND NOT EXISTS (
             SELECT FROM pg_catalog.pg_depend d
             WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype IN ('a', 'i'))
         UNION ALL
@@ -303,9 +304,13 @@ def statistics(grantee: Grantee) -> Iterator[Right]:
     yield Right("see what other roles' sessions do: who is in the way of a move cannot be named", statement, held)
 
 
-def catalog(grantee: Grantee) -> Iterator[Right]:
-    """In the catalog's database; `apply` asks for the schema even where it is there."""
+def applying(grantee: Grantee) -> Iterator[Right]:
+    """`apply` takes that even where the schema is there. No line of the checklist: a move does without."""
     yield _create(grantee, "create or upgrade the schema shardmove_catalog")
+
+
+def catalog(grantee: Grantee) -> Iterator[Right]:
+    """In the catalog's database."""
     yield from _own_schema(grantee, "shardmove_catalog")
 
 

@@ -139,23 +139,32 @@ _WRITING = "SET default_transaction_read_only = off;"
 
 def _read_only(connection: Connection) -> str | None:
     """The statement that takes the default back, or None. What one role alone has as its default is its own affair."""
-    rows = connection.execute(
-        "SELECT (SELECT option FROM pg_catalog.pg_db_role_setting, unnest(setconfig) AS option"
-        " WHERE setrole = 0 AND setdatabase IN (0, d.oid) AND option LIKE 'default\\_transaction\\_read\\_only=%'),"
-        " (SELECT reset_val FROM pg_catalog.pg_settings WHERE name = 'default_transaction_read_only'),"
-        " EXISTS (SELECT FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_roles r ON r.oid = s.setrole,"
-        "  unnest(setconfig) AS option WHERE r.rolname = session_user"
-        "  AND option LIKE 'default\\_transaction\\_read\\_only=%')"
-        " FROM pg_catalog.pg_database d WHERE datname = pg_catalog.current_database()"
-    ).fetchall()
-    ((of_database, of_session, by_role),) = rows
-    if of_database is not None:
-        is_read_only = of_database.partition("=")[2].lower() in ("on", "true", "yes", "1")
-        database = _identifier(connection.info.dbname)
-        return f"{_WRITING} ALTER DATABASE {database} RESET default_transaction_read_only;" if is_read_only else None
-    if of_session == "on" and not by_role:
-        return f"{_WRITING} ALTER SYSTEM RESET default_transaction_read_only; SELECT pg_reload_conf();"
-    return None
+    row = connection.execute(_READ_ONLY).fetchone()
+    if row is None or not row[0]:
+        return None
+    if row[1] is not None:
+        return f"{_WRITING} {row[1]} RESET default_transaction_read_only;"
+    return f"{_WRITING} ALTER SYSTEM RESET default_transaction_read_only; SELECT pg_reload_conf();"
+
+
+# The strongest that sets it: the database, all roles, the server; whether it is on, and the beginning of an ALTER.
+_READ_ONLY = """
+    WITH set_for(database, role, is_on) AS (
+        SELECT s.setdatabase, s.setrole, pg_catalog.split_part(option, '=', 2)::boolean
+        FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) AS option
+        WHERE pg_catalog.starts_with(option, 'default_transaction_read_only=')
+    )
+    SELECT is_on, CASE WHEN database = 0 THEN 'ALTER ROLE ALL'
+                  ELSE 'ALTER DATABASE ' || pg_catalog.quote_ident(pg_catalog.current_database()) END, database
+    FROM set_for
+    WHERE role = 0 AND database IN (
+        0, (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))
+    UNION ALL
+    SELECT reset_val = 'on', NULL, NULL FROM pg_catalog.pg_settings
+    WHERE name = 'default_transaction_read_only' AND NOT EXISTS (
+        SELECT FROM set_for JOIN pg_catalog.pg_roles r ON r.oid = set_for.role WHERE r.rolname = session_user)
+    ORDER BY 3 DESC NULLS LAST LIMIT 1
+"""
 
 
 def _encodings(site: Site) -> Problem | None:

@@ -1,0 +1,32 @@
+"""Random schemas: what preflight lets pass is moved whole, and what it refuses is left alone.
+
+A short slice with every run; `make schemas SEEDS=200 FIRST=0` for more. A seed is one schema, always the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Final
+
+import pytest
+
+from tests.support.campaign import CAMPAIGN_VARIABLE, PROPERTY, run_seed
+from tests.support.cases import MakeDatabase
+from tests.support.schemas import generate
+
+FIRST: Final = int(os.environ.get("SHARDMOVE_SCHEMAS_FIRST", "0"))
+SEEDS: Final = int(os.environ.get(CAMPAIGN_VARIABLE, "12"))
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
+def test_random_schema(seed: int, make_database: MakeDatabase, record_property: Callable[[str, object], None]) -> None:
+    generated = generate(seed)
+    said = {"seed": seed, "kinds": ", ".join(generated.kinds), "outcome": ""}
+    record_property(PROPERTY, said)
+    said["outcome"] = run_seed(generated, make_database)
+
+
+def test_a_seed_is_always_the_same_schema() -> None:
+    assert generate(3) == generate(3)
+    assert generate(3).case.schema != generate(4).case.schema
