@@ -1,4 +1,4 @@
-"""`run --create-schema`: tables that the target lacks are made there; indexes, foreign keys and triggers after the copy."""
+"""`run --create-schema`: tables that the target lacks are made there; indexes, keys and triggers after the copy."""
 
 from __future__ import annotations
 

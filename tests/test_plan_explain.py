@@ -154,7 +154,9 @@ def behind(table: Table) -> Position:
 
 
 def positions(table: Table, count: int) -> Sequence[Position]:
-    values = [{"tenant": str(100 + i % 100), "id": str(100 + i % 100 + 400 * i), "day": "0"} for i in range(count)]
+    """So many rows of the range, all over it."""
+    ids = [100 + i % 100 + 400 * (i % 500) for i in range(count)]
+    values = [{"tenant": str(id_ % 400), "id": str(id_), "day": str(id_ % 30)} for id_ in ids]
     return [tuple(each[name] for name in table.keyset_names) for each in values]
 
 
@@ -166,6 +168,14 @@ def test_a_cut_follows_the_index(loaded: Loaded, name: str, begins: str) -> None
     for connection in (loaded.plain, loaded.worker):
         plan = explain(connection, cut_sql(loaded.engine.move, table, (after, None), BATCH))
         assert_by_index(plan, looked_at_max=by_batch(table))
+
+
+def test_a_cut_by_hash_follows_the_keyset(loaded: Loaded) -> None:
+    """Keys of a hash range lie all over the table: of a quarter of all hashes, it looks at three others for each."""
+    shop = Keyspace("shop", KeyType.BIGINT, Scheme.HASH, loaded.engine.move.keyspace.tables)
+    move = replace(loaded.engine.move, keyspace=shop, ranges=(KeyType.BIGINT.parse_range(":-4611686018427387904"),))
+    plan = explain(loaded.plain, cut_sql(move, loaded.table("first"), (None, None), BATCH))
+    assert_by_index(plan, looked_at_max=6 * BATCH)
 
 
 @pytest.mark.parametrize("name", TABLES)

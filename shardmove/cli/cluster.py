@@ -13,7 +13,7 @@ from shardmove.cli.desk import Desk, verb
 from shardmove.cli.root import DryRun, app
 from shardmove.coordinator import uninstalling
 from shardmove.coordinator.diagnose import diagnose as find
-from shardmove.coordinator.shards import ask, require_answers
+from shardmove.coordinator.shards import ask, extend_fences, require_answers
 from shardmove.coordinator.shards import grants as needed
 from shardmove.domain.keys import Key
 from shardmove.domain.moves import Keyspace
@@ -24,7 +24,7 @@ def apply(desk: Desk) -> None:
     """Put the configuration into the catalog, which is created or upgraded; then ask every shard."""
     config = desk.config()
     with Catalog.install(config.catalog_dsn, routes_file=config.routes_file) as catalog:
-        changes = catalog.apply(config)
+        changes = [*catalog.apply(config), *extend_fences(config, catalog)]
     answers = ask(config)
     desk.show(documents.applied(changes, answers), render.applied)
     require_answers(answers)

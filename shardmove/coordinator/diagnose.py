@@ -143,6 +143,7 @@ class _Shard:
         if everything:
             yield from self._left_over()
             yield from self._kept_disabled()
+            yield from self._kept_missing()
             yield from self._kept(self.catalog.routes())
 
     def _missing(self, moves: Sequence[Move]) -> Iterator[Finding]:
@@ -250,6 +251,17 @@ class _Shard:
                 f"the kept fence {trigger} on {table} is disabled: stray writes to ranges that were given away pass",
                 f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger}",
             )
+
+    def _kept_missing(self) -> Iterator[Finding]:
+        """A table that came to a keyspace later knows nothing of ranges that were given away before."""
+        for keyspace in self.catalog.keyspaces().values():
+            bare = [str(table.name) for table in kept.bare_tables(self.connection, keyspace)]
+            if bare:
+                yield Finding(
+                    self.subject,
+                    f"{', '.join(bare)} of {keyspace.name} would take writes to ranges that were given away",
+                    "shardmove apply",
+                )
 
     def _kept(self, table: RouteTable) -> Iterator[Finding]:
         """A kept fence refuses writes for ever: never on the shard that the routes name."""

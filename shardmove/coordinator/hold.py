@@ -17,7 +17,7 @@ from shardmove.coordinator.progress import Progress
 from shardmove.domain.errors import EpochConflict, Interrupted, LeaseLost, Refused, ServerChanged, Unreachable
 from shardmove.domain.moves import Direction, Move, State
 from shardmove.domain.routes import Routes
-from shardmove.postgres.connect import Connection, connect, translated
+from shardmove.postgres.connect import Connection, connect, is_unreachable, translated
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.locks import Patience
 from shardmove.protocol import fence, objects, ownership
@@ -255,4 +255,6 @@ def raise_number(held: Hold, shard: str) -> None:
     except Refused as error:
         raise Refused(f"shard {shard}: {error.message}", hint=error.hint) from error
     except psycopg.OperationalError as error:
+        if not is_unreachable(error):
+            raise
         raise Unreachable(f"shard {shard} does not answer: {str(error).strip()}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
+from shardmove.catalog.store import Catalog
 from shardmove.config import Config
 from shardmove.coordinator.checks.privileges import (
     ON_SHARDS,
@@ -18,6 +20,8 @@ from shardmove.coordinator.checks.privileges import (
 from shardmove.coordinator.checks.site import CATALOG_PLACE
 from shardmove.domain.errors import ShardmoveError, Unreachable
 from shardmove.postgres.connect import connect, safe_dsn, translated
+from shardmove.postgres.locks import Patience
+from shardmove.protocol import kept, objects
 
 APPLICATION_NAME = "shardmove"
 
@@ -44,6 +48,25 @@ def _ask(shard: str, dsn: str) -> Answer:
             return Answer(shard, safe_dsn(dsn), version, None)
     except ShardmoveError as error:
         return Answer(shard, safe_dsn(dsn), None, error.message)
+
+
+def extend_fences(config: Config, catalog: Catalog) -> list[str]:
+    """Makes tables that came to a keyspace later refuse, on each shard, what that shard gave away before (I4).
+
+    A line for each table; shards that do not answer are left out. Safe to repeat.
+    """
+    patience = Patience(config.limits.ddl_lock_timeout_ms, config.limits.ddl_patience_s)
+    lines = []
+    for shard, dsn in config.shards.items():
+        with suppress(Unreachable), connect(dsn, application_name=APPLICATION_NAME) as connection:
+            if objects.has_schema(connection):
+                objects.check_schema(connection, catalog.cluster_id())
+                lines += [
+                    f"{shard}: {table.name} refuses the ranges of {keyspace.name} that were given away"
+                    for keyspace in catalog.keyspaces().values()
+                    for table in kept.extend(connection, keyspace, patience)
+                ]
+    return lines
 
 
 def require_answers(answers: list[Answer]) -> None:

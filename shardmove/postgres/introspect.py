@@ -257,6 +257,12 @@ def describe(connection: Connection, name: TableName, key_column: str, *, keyset
     )
 
 
+def minimal(connection: Connection, name: TableName, key_column: str) -> Table | None:
+    """As much of a description as ranges and triggers need, or None where the table is missing."""
+    found = _find(connection, name)
+    return None if found is None else Table(name, key_column, (), (), binary=False, is_partitioned=found[1])
+
+
 def stored_columns(connection: Connection, name: TableName) -> tuple[tuple[str, ...], bool]:
     """The columns of a table that are stored, in order; and whether it is partitioned.
 

@@ -12,7 +12,7 @@ from shardmove.domain.keys import KeyRange, merged, subtract
 from shardmove.domain.moves import Keyspace, Move
 from shardmove.postgres import locks
 from shardmove.postgres.connect import Connection
-from shardmove.postgres.introspect import Table, table_sql
+from shardmove.postgres.introspect import Table, minimal, table_sql
 from shardmove.protocol import parts
 from shardmove.protocol.capture import when
 from shardmove.protocol.families import enable_always
@@ -71,6 +71,31 @@ def keep_fence(
             locks.change_table(connection, table.name, keep, patience=patience)
         record(connection, move.keyspace, ranges, move.id, lease_number)
     points.reach("keep.after_fence")
+
+
+def bare_tables(connection: Connection, keyspace: Keyspace) -> list[Table]:
+    """Tables of the keyspace on this shard that do not refuse what it gave away: added, or made anew, since then."""
+    if not kept_ranges(connection, keyspace):
+        return []
+    described = [minimal(connection, name, key_column) for name, key_column in keyspace.tables.items()]
+    return [table for table in described if table is not None and not is_on(connection, table)]
+
+
+def extend(connection: Connection, keyspace: Keyspace, patience: locks.Patience) -> list[Table]:
+    """Puts the kept fence on tables that lack it; returns them. Safe to repeat.
+
+    Raises Failed where a table could not be locked; run it again.
+    """
+    with changing(connection, keyspace):  # nobody changes what is kept meanwhile
+        ranges = kept_ranges(connection, keyspace)
+        bare = bare_tables(connection, keyspace)
+        for table in bare:
+
+            def keep(table: Table = table) -> None:
+                set_triggers(connection, table, ranges, keyspace)
+
+            locks.change_table(connection, table.name, keep, patience=patience)
+    return bare
 
 
 @contextmanager

@@ -72,12 +72,6 @@ def refusals(schema: str, key_type: KeyType, keys: Sequence[str]) -> list[Refusa
             f"CREATE RULE copies AS ON DELETE TO {t} DO INSTEAD NOTHING",
             f"ALTER TABLE {t} ENABLE REPLICA RULE copies",
         ),
-        refusal(
-            "forced row security",
-            plain,
-            f"ALTER TABLE {t} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
-            f"CREATE POLICY everything ON {t} USING (true)",
-        ),
         refusal("a sequence that is too small", f"{bare}, s smallserial, PRIMARY KEY (k, n))"),
         refusal("a child that is not named", plain, f"CREATE TABLE {outside} () INHERITS ({t})"),
         refusal(

@@ -72,7 +72,8 @@ class Generated:
     Attributes:
         crossing: writes that bring rows over the end of the range, `$cross`; possible while one shard has all keys.
         refused: the name of what preflight must refuse.
-        stops: control points at which the first run, and `complete`, are cut off.
+        stops: control points at which runs are cut off, one after the other; and `complete`, where there are any.
+        goes_back: the move is rolled back at the first of them, and planned again.
     """
 
     seed: int
@@ -81,6 +82,7 @@ class Generated:
     crossing: tuple[str, ...]
     refused: str | None
     stops: tuple[str, ...]
+    goes_back: bool
 
 
 def generate(seed: int) -> Generated:
@@ -152,7 +154,7 @@ class _Builder:
                 self.rng.choice(("", "", "", "initializing.after_armed", "install.after_triggers")),
                 self.rng.choice(("", "batch.after_commit", "batch.before_commit", "copying.after_whole")),
                 self.rng.choice(("", "", "catch_up.between_commits", "catch_up.before_receiver_commit")),
-                self.rng.choice(("", "verifying.after_comparison", "erase.after_commit")),
+                self.rng.choice(("", "verifying.after_comparison")),
             )
             if stop
         )
@@ -163,6 +165,7 @@ class _Builder:
             tuple(self.crossing),
             self.refusal.name if self.refusal else None,
             stops,
+            self._sometimes(0.5),
         )
 
     def _case(self) -> Case:
@@ -194,7 +197,7 @@ class _Builder:
             unpredictable=unpredictable,
             servers=self.servers,
             options=self.locales,
-            pause_s=0.002,
+            pause_s=0.004,
         )
 
     # --- keys
@@ -565,13 +568,18 @@ class _Builder:
                 self._touch(table)
             if table.parent is None and self._sometimes(0.25, "AFTER triggers into another table"):
                 self._totals(table)
-            if self._sometimes(0.15, "row security"):
-                table.later += [
-                    f"ALTER TABLE {table.sql} ENABLE ROW LEVEL SECURITY",
-                    f"CREATE POLICY few ON {table.sql} USING ({table.n} % 2 = 0) WITH CHECK (false)",
-                ]
+            if self._sometimes(0.2):
+                self._policies(table)
             if table.parent is None and self._sometimes(0.15):
                 self._rule(table)
+
+    def _policies(self, table: Relation) -> None:
+        """Where they are forced, they bind the application too: it does not see all that it could collide with."""
+        is_forced = self._choice("row security", "forced row security") == "forced row security"
+        table.later += [
+            f"ALTER TABLE {table.sql} ENABLE ROW LEVEL SECURITY{', FORCE ROW LEVEL SECURITY' if is_forced else ''}",
+            f"CREATE POLICY few ON {table.sql} USING ({table.n} % 3 <> 0) WITH CHECK ({str(is_forced).lower()})",
+        ]
 
     def _touch(self, table: Relation) -> None:
         table.payload.append(Column("touched", "integer", "NOT NULL", "DEFAULT 0", is_written=False))
