@@ -58,9 +58,11 @@ _BEGIN: Final[Mapping[IsolationLevel | None, LiteralString]] = {
     IsolationLevel.REPEATABLE_READ: "BEGIN ISOLATION LEVEL REPEATABLE READ",
     IsolationLevel.SERIALIZABLE: "BEGIN ISOLATION LEVEL SERIALIZABLE",
 }
+# The last two are not there before release 0.2, which brought keys that are no integers.
 _READ_ROUTES = """
-    SELECT epoch, lower, upper, shard, move_id, held, key_type, scheme
-    FROM shardmove_catalog.current_routes
+    SELECT epoch, lower, upper, shard, move_id, held,
+           coalesce(to_jsonb(r) ->> 'key_type', 'bigint'), coalesce(to_jsonb(r) ->> 'scheme', 'range')
+    FROM shardmove_catalog.current_routes AS r
     WHERE keyspace = %s
 """
 

@@ -25,8 +25,7 @@ CATALOG = """
     CREATE SCHEMA shardmove_catalog;
     CREATE TABLE shardmove_catalog.routes
         (epoch bigint, keyspace text, lower text, upper text, shard text, move_id text, held boolean);
-    CREATE VIEW shardmove_catalog.current_routes AS
-        SELECT *, 'bigint' AS key_type, 'range' AS scheme FROM shardmove_catalog.routes;
+    CREATE VIEW shardmove_catalog.current_routes AS SELECT * FROM shardmove_catalog.routes;
 """
 SHARD = """
     CREATE TABLE kv (k bigint PRIMARY KEY, v bigint NOT NULL);

@@ -247,6 +247,18 @@ def test_an_attempt_that_stalls_writers_for_too_long_gives_up_and_opens_again(
     world.assert_nothing_lost()
 
 
+def test_a_catch_up_that_takes_too_long_before_anything_is_held_is_tried_again(ready: Ready) -> None:
+    world, move = ready(max_stall_ms=300)
+    with world.connect("s2") as other:
+        # The session goes by itself, and its lock with it.
+        lock = "SET idle_session_timeout = '1s'; SELECT pg_advisory_lock(mirror_key) FROM shardmove.fence"
+        with world.writers(rate=150.0), at("cutover.after_guards", lambda: other.execute(lock)):
+            report = world.cut_over(move)
+    assert report.gave_up[0] == "a catch-up takes longer than 300 ms"
+    assert_settled(world, move)
+    world.assert_nothing_lost()
+
+
 def test_a_coordinator_that_hangs_with_the_fence_closed_is_overtaken_by_its_own_watchdog(
     ready: Ready,
 ) -> None:

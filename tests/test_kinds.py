@@ -30,7 +30,7 @@ def test_a_row_that_is_lost_is_missed(make_database: MakeDatabase, monkeypatch: 
 
     def complete_and_lose(held: Hold) -> None:
         end(held)
-        held.target.execute("DELETE FROM things WHERE tenant = 120 AND id = 7")
+        held.target.execute("DELETE FROM public.things WHERE tenant = 120 AND id = 7")
 
     monkeypatch.setattr(ending, "complete", complete_and_lose)
     with pytest.raises(AssertionError, match="things on s2: 1 rows are missing"):

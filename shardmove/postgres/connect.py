@@ -29,6 +29,7 @@ PINNED = {
     "IntervalStyle": "postgres",
     "extra_float_digits": "3",
     "bytea_output": "hex",
+    "array_nulls": "on",
     "client_encoding": "UTF8",
     "lc_monetary": "C",
     "lc_numeric": "C",

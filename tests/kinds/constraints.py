@@ -127,6 +127,24 @@ CONSTRAINTS: Final = (
             "DELETE FROM things WHERE tenant = $key AND id = 998 + $n",
         ),
     ),
+    refused(
+        "rows that break a constraint which is `NOT VALID`",
+        f"{PLAIN}; ALTER TABLE things ADD CONSTRAINT good CHECK (note <> 'bad') NOT VALID",
+        "break the constraint good, which is NOT VALID",
+        rows="ALTER TABLE things DROP CONSTRAINT good; INSERT INTO things VALUES (100, 1, 'bad');"
+        " ALTER TABLE things ADD CONSTRAINT good CHECK (note <> 'bad') NOT VALID",
+        group="Constraints and triggers",
+    ),
+    shaped(
+        "constraints that are `NOT ENFORCED`, and rows that break them",
+        "tenant bigint, id bigint, parent bigint CHECK (parent > 0) NOT ENFORCED, PRIMARY KEY (tenant, id),"
+        " FOREIGN KEY (tenant, parent) REFERENCES things NOT ENFORCED",
+        "$key, 1000 + $n, -$n",
+        "UPDATE things SET parent = parent - 1 WHERE tenant = $key AND id % 7 = $n % 7",
+        "DELETE FROM things WHERE tenant = $key AND id = 998 + $n",
+        rows="t, i, i - 12",
+        group="Constraints and triggers",
+    ),
     Case(
         kind="triggers and rules of the application",
         group="Constraints and triggers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from tests.kinds.shapes import OLD, PLAIN, refused
+from tests.kinds.values import typed
 from tests.support.cases import Case
 
 MIXED: Final = {
@@ -35,7 +36,37 @@ MIXED: Final = {
     ),
 }
 
+OTHER_SETTINGS: Final = {
+    "DateStyle": "German",
+    "TimeZone": "Asia/Kathmandu",
+    "IntervalStyle": "sql_standard",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "array_nulls": "off",
+    "xmlbinary": "hex",
+    "default_transaction_isolation": "serializable",
+    "statement_timeout": "20s",
+    "session_replication_role": "local",
+    "synchronous_commit": "off",
+}
+
 SERVERS: Final = (
+    typed(
+        "databases with other settings: `DateStyle`, `TimeZone`, `array_nulls`, `extra_float_digits` and the like",
+        {
+            "double precision": ("0.1", "1e-300", "NaN", "0.30000000000000004"),
+            "timestamptz": ("2026-03-29 02:30:00.000001+05:45", "infinity"),
+            "date": ("2024-02-29", "0044-03-15 BC"),
+            "interval": ("1 mon -1 day 00:00:01.5", "-3 days"),
+            "bytea": ("\\x00ff5c0a27", None),
+            "text": ("NULL", None, "null"),
+        },
+        group="Servers",
+        target_prepared="".join(
+            f"DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {name} = %L', current_database(), '{value}'); END $$;"
+            for name, value in OTHER_SETTINGS.items()
+        ),
+    ),
     Case(kind="PostgreSQL 15 → 18", group="Servers", servers={"s1": "old1", "shadow": "old1"}, **MIXED),
     Case(kind="PostgreSQL 18 → 15", group="Servers", servers={"s2": "old2"}, **MIXED),
     Case(kind="PostgreSQL 15 → 15, the catalog on 15", group="Servers", servers={**OLD, "cat": "old2"}, **MIXED),

@@ -28,7 +28,7 @@ from tests.support.cases import AWAITED_S, MakeDatabase, Shop, Writer
 from tests.support.schemas import Generated
 
 AWAITED_TRANSACTIONS: Final = 40
-WRITES_A_NUMBER: Final = 30
+WRITES_A_NUMBER: Final = 20
 """So many writes have the same `$n`: those of one key meet on the same rows."""
 CAMPAIGN_VARIABLE: Final = "SHARDMOVE_SCHEMAS"
 """How many seeds, where not the few of every run."""

@@ -38,7 +38,7 @@ from shardmove.coordinator.cutover import cut_over
 from shardmove.coordinator.hold import Hold, hold
 from shardmove.coordinator.progress import Progress
 from shardmove.coordinator.run import run
-from shardmove.domain.errors import Refused
+from shardmove.domain.errors import Refused, SchemaDrift
 from shardmove.domain.keys import Key, KeyRange, KeyType, key_text
 from shardmove.domain.moves import Direction, Keyspace, Scheme, State, TableName
 from shardmove.postgres.connect import connect
@@ -62,6 +62,9 @@ LIMITS: Final[Mapping[str, Any]] = {
     # `complete` is called when the writer has been seen on the new owner: nothing is left to wait for.
     "keep_source_s": 0.01,
 }
+SETTINGS: Final = (
+    "-c datestyle=ISO -c timezone=UTC -c intervalstyle=postgres -c bytea_output=hex -c extra_float_digits=1"
+)
 AWAITED_S: Final = 60.0
 LONG_BYTES: Final = 1_000
 """A row whose text is longer is compared by its md5."""
@@ -93,7 +96,7 @@ class Case:
         kind: as docs/kinds.md names it, under the heading `group`.
         schema: run on both shards and the shadow, by the role that owns the tables from then on and is the writer.
         target_schema: run on the target instead.
-        prepared: run before it, by a superuser: extensions and the like.
+        prepared: run before it, by a superuser: extensions and the like; `target_prepared` on the target only.
         tables: table = key column.
         moving: the range that goes from s1 to s2.
         rows: fills the source, inside and outside the range; `everywhere` is run on the target, too.
@@ -125,6 +128,7 @@ class Case:
     moving: str = "100:200"
     target_schema: str | None = None
     prepared: str = ""
+    target_prepared: str = ""
     unpredictable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ddl: str = ""
     later: tuple[str, ...] = ()
@@ -177,7 +181,7 @@ def _carry(site: Shop, writer: Writer, first: str) -> None:
     site.run(second)
     if site.case.ddl:
         with writer.resting():
-            site.execute_ddl()
+            site.execute_ddl(second)
             writer.writes = site.case.later or writer.writes
         site.run(second)
     writer.await_round("s1")
@@ -219,8 +223,8 @@ class Shop:
             connection.execute(statements.encode())
 
     def fetch(self, place: str, query: sql.Composable | str) -> list[tuple[Any, ...]]:
-        """As superuser, who sees every row."""
-        with psycopg.connect(self.dsn(place), autocommit=True) as connection:
+        """As superuser, who sees every row; everywhere with the same settings."""
+        with psycopg.connect(self.dsn(place), options=SETTINGS, autocommit=True) as connection:
             return connection.execute(query.encode() if isinstance(query, str) else query).fetchall()
 
     def _create_roles(self, place: str) -> None:
@@ -237,8 +241,9 @@ class Shop:
             connection.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(owner))
 
     def _load(self, place: str) -> None:
-        if self.case.prepared:
-            self.execute(place, self.case.prepared)
+        for statements in (self.case.prepared, self.case.target_prepared if place == "s2" else ""):
+            if statements:
+                self.execute(place, statements)
         other = self.case.target_schema if place == "s2" else None
         self.execute(place, self.case.schema if other is None else other, self.owner)
         for statements in (self.case.everywhere, self.case.rows if place != "s2" else ""):
@@ -305,11 +310,12 @@ class Shop:
     def run(self, move_id: str) -> None:
         self.with_hold(move_id, lambda held: run(held, State.READY))
 
-    def execute_ddl(self) -> None:
-        """The target first. Between the two the sides are not equal: until the source has it, too, a run says so."""
-        self.execute("s2", self.case.ddl, self.owner)
-        for place in ("shadow", "s1"):
+    def execute_ddl(self, move_id: str) -> None:
+        """The target first. Until the source has it, too, and everything was compared anew, nothing is cut over."""
+        for place in ("s2", "shadow", "s1"):
             self.execute(place, self.case.ddl, self.owner)
+            with pytest.raises((Refused, SchemaDrift)):
+                self.with_hold(move_id, lambda held: cut_over(held, Direction.FORWARD))
 
     # --- what is asserted
 

@@ -123,6 +123,12 @@ IDENTITIES: Final[Mapping[str, str]] = {
 }
 """Types of a column that tells rows of one key apart. In braces: types of the schema's own."""
 
+EQUAL: Final[Mapping[str, str]] = {
+    "numeric": "round({id}, 1 + $n % 5)",
+    "interval": "CASE WHEN $n % 4 < 2 THEN justify_hours({id}) ELSE extract(epoch FROM {id}) * interval '1 second' END",
+}
+"""The same identity in another text."""
+
 VALUES: Final[Mapping[str, tuple[str, ...]]] = {
     "smallint": ("-32768", "0", "32767"),
     "integer": ("-2147483648", "0", "2147483647"),
@@ -221,6 +227,11 @@ VALUES_15: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Types of servers with the usual extensions, and with libxml."""
 
+FUNCTIONS: Final = (
+    "CREATE FUNCTION public.inner_{0}(integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT $1 > -2000000000'",
+    "CREATE FUNCTION public.outer_{0}(integer) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS"
+    " 'BEGIN RETURN inner_{0}($1); END'",
+)
 OWN_TYPES: Final = (
     "CREATE TYPE {mood} AS ENUM ('sad', 'so so', 'it''s', 'Ünfroh')",
     "CREATE DOMAIN {positive} AS integer CHECK (VALUE > 0)",

@@ -78,7 +78,13 @@ class Relation:
 
     @property
     def can_be_referenced(self) -> bool:
-        return self.form in ("key, id", "id, key", "unique index", "unique constraint") and self.parent is None
+        if self.parent is not None or self.identity.type.endswith('"Label"'):
+            return False  # the domain forbids NULL
+        return self.form in ("key, id", "id, key", "unique index", "unique constraint")
+
+    @property
+    def has_plain_primary_key(self) -> bool:
+        return any(each.startswith("PRIMARY") and "DEFERRABLE" not in each for each in self.constraints)
 
     @property
     def is_parted_by_number(self) -> bool:
@@ -130,22 +136,23 @@ class Relation:
 
     def _writes_of_rows(self) -> list[str]:
         k, n, t = self.k, self.n, self.sql
-        mine = f"WHERE {k} = $key AND {n} = {FIRST_NEW} + $n"
+        newest, some = f"WHERE {k} = $key AND {n} = {FIRST_NEW} + $n", f"WHERE {k} = $key AND {n} % 4 = $n % 4"
         inserts = self._insert(f"({FIRST_NEW} + $n)", "$key")
+        another, free = (self.id_of(f"({n} + {more})") for more in ("100000 * ($n % 5)", "700000"))
         writes = [
             inserts,
             inserts,
             f"{self._insert('(1 + $n % 6)', '$key')}{self.or_nothing}",
-            f"DELETE FROM {t} WHERE {k} = $key AND {n} BETWEEN {FIRST_NEW} AND {FIRST_NEW} + $n - 3",
+            f"DELETE FROM {t} WHERE {k} = $key AND {n} BETWEEN {FIRST_NEW} AND {FIRST_NEW} + $n - 8",
             f"DELETE FROM {t} WHERE {k} = $key AND {n} = 1 + $n % 6",
-            f"{inserts}; DELETE FROM {t} {mine}; {inserts}",
-            f"UPDATE {t} SET {self.i} = {self.id_of(f'(500000 + {n})')} {mine}",
-            f"UPDATE {t} SET {self.i} = {self.id_of(f'(700000 + {n})')} WHERE {k} = $key AND {n} = 1 + $n % 6;"
-            f" UPDATE {t} SET {self.i} = {self.id_of(n)} WHERE {k} = $key AND {n} = 1 + ($n + 3) % 6",
-            f"UPDATE {t} SET {k} = $other {mine}",
+            f"{inserts}; DELETE FROM {t} {newest}; {inserts}",
+            f"UPDATE {t} SET {self.i} = {another} {some}",
+            f"UPDATE {t} SET {self.i} = {free} {some}; UPDATE {t} SET {self.i} = {another} {some}",
+            f"UPDATE {t} SET {k} = $other {newest}",
+            f"UPDATE {t} SET {k} = $other {some} AND {n} % 3 = 0",
         ]
         if self.is_parted_by_number:
-            writes.append(f"UPDATE {t} SET {n} = {n} + 2000000 {mine}")
+            writes.append(f"UPDATE {t} SET {n} = {n} + 20000 {some} AND {n} BETWEEN {FIRST_NEW} AND {10 * FIRST_NEW}")
         return writes
 
     def _writes_of_values(self, rng: random.Random) -> list[str]:
@@ -169,4 +176,4 @@ class Relation:
         if self.form in ("totals", "audit", "key"):
             return []
         move = f"UPDATE {self.sql} SET {self.k} = $cross WHERE {self.k} = $key AND {self.n} ="
-        return [f"{move} {FIRST_NEW} + $n", f"{move} 1 + $n % 7"]
+        return [f"{move} {FIRST_NEW} + $n", f"{move} {FIRST_NEW} + $n - 1", f"{move} 1 + $n % 7"]

@@ -193,7 +193,7 @@ class _Builder:
             rows=";\n".join([*self.rows, *self.after_rows, *refusal.rows]),
             everywhere=";\n".join(self.everywhere),
             keys=tuple(self.keys),
-            writes=tuple(self._shuffled([write for each in self.tables for write in each.writes])[:24]),
+            writes=tuple(write for each in self.tables for write in each.writes),
             unpredictable=unpredictable,
             servers=self.servers,
             options=self.locales,
@@ -238,7 +238,8 @@ class _Builder:
         type_ = self.rng.choice(self.key_columns)
         if self._sometimes(0.1, "key of a domain type"):
             name = self._own_type("key domain")
-            self.preamble.append(f"CREATE DOMAIN {name} AS {type_} {self.collate}")
+            strict = " NOT NULL CHECK (VALUE IS NOT NULL)" if self._sometimes(0.4, "domain NOT NULL") else ""
+            self.preamble.append(f"CREATE DOMAIN {name} AS {type_} {self.collate}{strict}")
             type_ = name
         else:
             type_ = f"{type_} {self.collate}".rstrip()
@@ -256,6 +257,7 @@ class _Builder:
         for name in dict.fromkeys(own):
             self.named[name] = self._own_type(name)
         self.preamble += [self._resolved(line) for line in made_of.OWN_TYPES]
+        self.plain_names = {self._resolved(type_): type_ for type_ in made_of.VALUES}
         self.values = {self._resolved(type_): texts for type_, texts in made_of.VALUES.items()}
         if self.is_new:
             for type_, texts in made_of.VALUES_17.items():
@@ -302,6 +304,11 @@ class _Builder:
         self._generated(table)
         self._check(table)
         self._indexes(table)
+        if type_ in made_of.EQUAL:
+            equal = made_of.EQUAL[type_].format(id=table.i)
+            table.writes.append(
+                f"UPDATE {table.sql} SET {table.i} = {equal} WHERE {table.k} = $key AND {table.n} % 2 = $n % 2"
+            )
         self.kinds += [f"{kind} table", f"keyset ({table.form})", f"id {type_}"]
         return table
 
@@ -316,7 +323,7 @@ class _Builder:
             table.payload.append(
                 Column(name, type_, "" if is_nullable else "NOT NULL", default, values, is_nullable=is_nullable)
             )
-            self.kinds.append(type_)
+            self.kinds.append(self.plain_names.get(type_, type_))
 
     def _partitions(self, table: Relation, kind: str) -> None:
         cut = value(self.keys[0], str(self.key_type))
@@ -439,7 +446,8 @@ class _Builder:
                 Column("stored", "text", f"GENERATED ALWAYS AS (({table.n} * 2)::text || 'é') STORED", is_written=False)
             )
             if self._sometimes(0.3, "index on a generated column"):
-                table.later.append(f"CREATE INDEX ON {table.sql} (stored)")
+                unique = "UNIQUE " if not table.partition_by and self._sometimes(0.5) else ""
+                table.later.append(f"CREATE {unique}INDEX ON {table.sql} ({table.k}, stored, {table.i})")
         if self.is_new and self._sometimes(0.3, "generated virtual"):
             table.payload.append(
                 Column("virtual", "bigint", f"GENERATED ALWAYS AS ({table.n}::bigint * 3) VIRTUAL", is_written=False)
@@ -467,6 +475,12 @@ class _Builder:
             table.later.append(
                 f"ALTER TABLE {table.sql} ADD CONSTRAINT late CHECK ({table.n} > -1000000){no_inherit} NOT VALID"
             )
+        if self._sometimes(0.03, "check by a function that needs a search_path"):
+            number = len(self.preamble)
+            self.preamble += [line.format(number) for line in made_of.FUNCTIONS]
+            table.later.append(
+                f"ALTER TABLE {table.sql} ADD CONSTRAINT called CHECK (public.outer_{number}({table.n}))"
+            )
         if self.is_new and self._sometimes(0.1, "check NOT ENFORCED"):
             table.later.append(f"ALTER TABLE {table.sql} ADD CONSTRAINT loose CHECK ({table.n} < 0) NOT ENFORCED")
 
@@ -485,6 +499,8 @@ class _Builder:
             table.later.append(f'CREATE STATISTICS {t[:-1]} statistics" ON {k}, {n} FROM {t}')
         if self._sometimes(0.1, "replica identity full"):
             table.later.append(f"ALTER TABLE {t} REPLICA IDENTITY FULL")
+        elif table.has_plain_primary_key and self._sometimes(0.1, "published table"):
+            table.later.append(f"CREATE PUBLICATION {quoted(table.name.name)} FOR TABLE {t}")
         if not table.partition_by and self._sometimes(0.2, "storage parameters"):
             table.later.append(f"ALTER TABLE {t} SET (fillfactor = 60, autovacuum_enabled = off)")
 
@@ -520,7 +536,8 @@ class _Builder:
         child.payload.append(Column(name, parent.identity.type, is_written=False))
         ref = quoted(name)
         deferrable = " DEFERRABLE INITIALLY DEFERRED" if self._sometimes(0.3, "deferrable foreign key") else ""
-        on_delete = self._choice("CASCADE", f"SET NULL ({ref})", "NO ACTION", "RESTRICT", f"SET DEFAULT ({ref})")
+        on_delete = self._choice("CASCADE", "SET NULL", "NO ACTION", "RESTRICT", "SET DEFAULT")
+        on_delete += f" ({ref})" if on_delete.startswith("SET") else ""
         on_update = self._choice("CASCADE", "NO ACTION", "CASCADE")
         valid = " NOT VALID" if not child.partition_by and self._sometimes(0.2, "foreign key NOT VALID") else ""
         columns = ((child.k, ref), (parent.k, parent.i))
