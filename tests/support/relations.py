@@ -137,6 +137,8 @@ class Relation:
     def _writes_of_rows(self) -> list[str]:
         k, n, t = self.k, self.n, self.sql
         newest, some = f"WHERE {k} = $key AND {n} = {FIRST_NEW} + $n", f"WHERE {k} = $key AND {n} % 4 = $n % 4"
+        # Two updates of several rows that reference each other: whether PostgreSQL lets them pass depends on their order.
+        one = f"WHERE {k} = $key AND {n} = 1 + $n % 6"
         inserts = self._insert(f"({FIRST_NEW} + $n)", "$key")
         another, free = (self.id_of(f"({n} + {more})") for more in ("100000 * ($n % 5)", "700000"))
         writes = [
@@ -144,10 +146,10 @@ class Relation:
             inserts,
             f"{self._insert('(1 + $n % 6)', '$key')}{self.or_nothing}",
             f"DELETE FROM {t} WHERE {k} = $key AND {n} BETWEEN {FIRST_NEW} AND {FIRST_NEW} + $n - 8",
-            f"DELETE FROM {t} WHERE {k} = $key AND {n} = 1 + $n % 6",
+            f"DELETE FROM {t} {one}",
             f"{inserts}; DELETE FROM {t} {newest}; {inserts}",
             f"UPDATE {t} SET {self.i} = {another} {some}",
-            f"UPDATE {t} SET {self.i} = {free} {some}; UPDATE {t} SET {self.i} = {another} {some}",
+            f"UPDATE {t} SET {self.i} = {free} {one}; UPDATE {t} SET {self.i} = {another} {one}",
             f"UPDATE {t} SET {k} = $other {newest}",
             f"UPDATE {t} SET {k} = $other {some} AND {n} % 3 = 0",
         ]
