@@ -11,8 +11,9 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shardmove.domain.errors import ConfigurationError, NotFound
 from shardmove.domain.keys import KeyType
@@ -20,6 +21,7 @@ from shardmove.domain.moves import Keyspace, Scheme, TableName
 from shardmove.domain.routes import Route, Routes
 
 DEFAULT_PATH = "cluster.toml"
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +180,8 @@ def _keyspace(name: str, entry: object, shards: Mapping[str, str]) -> tuple[Keys
     if not isinstance(entry, Mapping):
         raise ConfigurationError(f"{where} must be a table")
     _only(entry, {"key_type", "scheme", "reference_tables", "tables", "routes"}, where)
-    key_type = _key_type(entry.get("key_type", "bigint"), where)
-    scheme = _scheme(entry.get("scheme", "range"), where)
+    key_type = _one_of(KeyType, entry.get("key_type", "bigint"), "key_type", where)
+    scheme = _one_of(Scheme, entry.get("scheme", "range"), "scheme", where)
     tables = entry.get("tables", {})
     if not isinstance(tables, Mapping) or not tables:
         raise ConfigurationError(f"{where} names no tables", hint=f"[keyspaces.{name}.tables] table = key column")
@@ -193,20 +195,12 @@ def _keyspace(name: str, entry: object, shards: Mapping[str, str]) -> tuple[Keys
     return keyspace, _first_routes(keyspace, entry.get("routes"), shards)
 
 
-def _key_type(text: object, where: str) -> KeyType:
+def _one_of(kind: type[Choice], text: object, name: str, where: str) -> Choice:
     try:
-        return KeyType(str(text))
+        return kind(str(text))
     except ValueError:
-        known = ", ".join(KeyType)
-        raise ConfigurationError(f"{where} key_type {text!r} is not supported", hint=f"known are: {known}") from None
-
-
-def _scheme(text: object, where: str) -> Scheme:
-    try:
-        return Scheme(str(text))
-    except ValueError:
-        known = ", ".join(Scheme)
-        raise ConfigurationError(f"{where} scheme {text!r} is not supported", hint=f"known are: {known}") from None
+        known = ", ".join(kind)
+        raise ConfigurationError(f"{where} {name} {text!r} is not supported", hint=f"known are: {known}") from None
 
 
 def _first_routes(keyspace: Keyspace, entries: object, shards: Mapping[str, str]) -> Routes:

@@ -129,7 +129,8 @@ KEYSETS: Final = (
             "char(4)": ("a", "ab"),
         },
         "an enum, a domain, an array, a range, a composite, `inet` or `char` in the primary key",
-        before="CREATE TYPE mood AS ENUM ('sad', 'ok', 'it''s'); CREATE DOMAIN positive AS numeric CHECK (VALUE > 0);"
+        before="CREATE TYPE mood AS ENUM ('sad', 'ok', 'it''s');"
+        " CREATE DOMAIN positive AS numeric NOT NULL CHECK (VALUE > 0);"
         " CREATE TYPE point2 AS (x int, y int);",
     ),
 )

@@ -137,7 +137,7 @@ class Relation:
     def _writes_of_rows(self) -> list[str]:
         k, n, t = self.k, self.n, self.sql
         newest, some = f"WHERE {k} = $key AND {n} = {FIRST_NEW} + $n", f"WHERE {k} = $key AND {n} % 4 = $n % 4"
-        # Two updates of several rows that reference each other: whether PostgreSQL lets them pass depends on their order.
+        # Whether PostgreSQL lets two updates of rows that reference each other pass depends on the order of the rows.
         one = f"WHERE {k} = $key AND {n} = 1 + $n % 6"
         inserts = self._insert(f"({FIRST_NEW} + $n)", "$key")
         another, free = (self.id_of(f"({n} + {more})") for more in ("100000 * ($n % 5)", "700000"))
