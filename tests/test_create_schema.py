@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from shardmove.config import Config, parse
 from shardmove.coordinator import creating, planner
 from shardmove.coordinator.cutover import cut_over
 from shardmove.coordinator.ending import complete, roll_back
-from shardmove.coordinator.hold import hold
+from shardmove.coordinator.hold import Hold, hold
 from shardmove.coordinator.run import run
 from shardmove.domain import points
-from shardmove.domain.errors import Failed, Interrupted, Refused
+from shardmove.domain.errors import DifferencesFound, Interrupted, Refused
+from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Direction, State, TableName
 from shardmove.postgres.connect import connect
 from shardmove.postgres.introspect import signature
@@ -70,11 +72,11 @@ class Setting:
             base=Path(),
         )
 
-    def held(self, *, creates_schema: bool = True):  # type: ignore[no-untyped-def]
+    def held(self, *, creates_schema: bool = True, move_id: str | None = None) -> AbstractContextManager[Hold]:
         return hold(
             self.config,
             self.catalog,
-            self.move_id,
+            move_id or self.move_id,
             holder="test",
             make_executor=lambda: InlineExecutor(2),
             creates_schema=creates_schema,
@@ -165,17 +167,43 @@ def test_a_rollback_leaves_the_tables_empty_and_whole(setting: Setting) -> None:
     assert setting.fetch("s2", "SELECT count(*) FROM shardmove.fence") == [(0,)]
 
 
-def test_a_foreign_key_that_does_not_hold_is_told_and_can_be_mended(setting: Setting) -> None:
-    """A reference table on the target that lacks a row which moved rows point at."""
+def test_a_reference_table_with_other_rows_is_told_before_anything_is_copied(setting: Setting) -> None:
     with connect(setting.dsns["s2"], application_name="test") as target:
         target.execute(b"CREATE TABLE public.countries (code text PRIMARY KEY, name text NOT NULL)")
-        target.execute(b"INSERT INTO public.countries VALUES ('dk', 'Danmark')")
-    with setting.held() as held, pytest.raises(Failed, match="customers_country_fkey"):
+        target.execute(b"INSERT INTO public.countries VALUES ('dk', 'Danmark'), ('xx', 'nowhere')")
+    with setting.held() as held, pytest.raises(DifferencesFound, match="countries: 1 only on s1, 1 only on s2"):
         run(held, State.READY)
+    assert setting.fetch("s2", "SELECT count(*) FROM orders") == [(0,)]
     with connect(setting.dsns["s2"], application_name="test") as target:
-        target.execute(b"INSERT INTO public.countries VALUES ('nl', 'Nederland')")
+        target.execute(b"UPDATE public.countries SET code = 'nl', name = 'Nederland' WHERE code = 'xx'")
     with setting.held() as held:
         run(held, State.READY)
+    assert setting.difference() == set()
+
+
+def test_a_reference_table_that_is_filled_goes_on_counting_after_the_last_number(setting: Setting) -> None:
+    with connect(setting.dsns["s1"], application_name="test") as source:
+        source.execute(b"ALTER TABLE public.countries ADD number bigserial UNIQUE")
+    with setting.held() as held:
+        run(held, State.READY)
+    with connect(setting.dsns["s2"], application_name="test") as target:
+        target.execute(b"INSERT INTO public.countries VALUES ('se', 'Sverige')")
+
+
+def test_another_move_waits_for_tables_that_are_still_being_made(setting: Setting) -> None:
+    """Its rows would be in tables without foreign keys, and those would not hold any more when they come."""
+    with (
+        setting.held() as held,
+        points.armed("copying.after_batch", lambda _: (_ for _ in ()).throw(Interrupted("enough"))),
+        pytest.raises(Interrupted),
+    ):
+        run(held, State.READY)
+    other = planner.move(setting.config, setting.catalog, "shop", range_=KeyRange(3, 5), to="s2").move_ids[0]
+    with setting.held(move_id=other) as held, pytest.raises(Refused, match="m1 has made tables on s2"):
+        run(held, State.READY)
+    for move_id in (setting.move_id, other):
+        with setting.held(move_id=move_id) as held:
+            run(held, State.READY)
     assert setting.difference() == set()
 
 

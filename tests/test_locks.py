@@ -12,7 +12,7 @@ import pytest
 from shardmove.domain.errors import Failed
 from shardmove.domain.moves import TableName
 from shardmove.postgres.connect import connect
-from shardmove.postgres.locks import GIVE_WAY, Patience, change_table
+from shardmove.postgres.locks import GIVE_WAY, Patience, change_table, in_the_way
 from tests.support.servers import Databases
 
 ORDERS = TableName("public", "orders")
@@ -86,3 +86,22 @@ def test_who_is_in_the_way_is_named_also_on_a_partition(databases: Databases) ->
 
         with pytest.raises(Failed, match="report"):
             change_table(connection, ORDERS, change, patience=Patience(lock_timeout_ms=20, total_s=1))
+
+
+def test_of_our_own_sessions_only_those_that_give_way_are_not_in_the_way(databases: Databases) -> None:
+    """A comparison reads for long, and holds up a DROP TRIGGER: nobody may queue behind it in front of the readers."""
+    dsn = databases("s1")["s1"]
+    with (
+        connect(dsn, application_name="shardmove m8") as connection,
+        connect(dsn, application_name="shardmove m9") as reader,
+        connect(dsn, application_name="shardmove m10") as batch,
+    ):
+        connection.execute("CREATE TABLE public.orders (id bigint)")
+        reader.execute("BEGIN")
+        reader.execute("SELECT FROM public.orders")
+        batch.execute("BEGIN")
+        batch.execute(GIVE_WAY)
+        batch.execute("INSERT INTO public.orders VALUES (1)")
+        (who,) = in_the_way(connection, ORDERS, readers=True, longer_than_s=0, givers_of_way=False)
+        assert "shardmove m9" in who
+        assert len(in_the_way(connection, ORDERS, readers=True, longer_than_s=0)) == 2

@@ -986,3 +986,18 @@ def test_collated_keys_and_partitions_with_another_past_pass(planned: Callable[[
     plan.execute("s1", "INSERT INTO visits SELECT now(), name, 8 FROM people")
     assert [each for each in failures(plan) if "Note(" not in each] == []
     there_and_back(plan)
+
+
+def test_a_trial_fires_nothing_of_the_applications(make_plan: MakePlan) -> None:
+    """Statement triggers fire for no row at all, and what they do elsewhere would not be rolled back."""
+    plan = make_plan(
+        ORDERS + ";"
+        " CREATE SEQUENCE fired;"
+        " CREATE FUNCTION fire() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM nextval('public.fired'); RAISE 'no deletes'; END $$;"
+        " CREATE TRIGGER fire BEFORE INSERT OR DELETE ON orders EXECUTE FUNCTION fire();"
+    )
+    assert plan.look("rows can be deleted").passed
+    assert plan.look("the target takes rows").passed
+    for shard in ("s1", "s2"):
+        assert plan.execute(shard, "SELECT is_called FROM fired") == [(False,)]

@@ -13,11 +13,13 @@ from psycopg import errors
 
 from shardmove.coordinator import schema_copy
 from shardmove.coordinator.hold import Hold
+from shardmove.coordinator.schema_copy import Script
 from shardmove.domain import points
-from shardmove.domain.errors import Failed
+from shardmove.domain.errors import Failed, Refused
 from shardmove.domain.moves import Direction, State
 from shardmove.postgres.connect import Connection, explain
-from shardmove.protocol import drift, fence, objects, parts
+from shardmove.postgres.introspect import minimal
+from shardmove.protocol import drift, fence, objects, parts, replica
 
 VIOLATIONS_MAX = 5
 
@@ -33,6 +35,7 @@ def create_missing(hold: Hold) -> None:
     script = schema_copy.script(hold.dsn[hold.move.source], target, wanted)
     if not script.now:
         return
+    _require_replica(hold, script)
     objects.install_schema(target, hold.catalog.cluster_id())
     fence.raise_number(target, hold.move.id, hold.lease.number)
     with target.transaction():
@@ -43,6 +46,19 @@ def create_missing(hold: Hold) -> None:
             target.execute("INSERT INTO shardmove.later VALUES (%s, %s, %s)", (hold.move.id, number, statement))
         points.reach("creating.before_commit")
     hold.catalog.record("schema_created", hold.move.id, shard=hold.move.target)
+
+
+def _require_replica(hold: Hold, script: Script) -> None:
+    """What comes after the copy would fire for mirrored rows: our role has to apply them as a replica there, too."""
+    tables = [minimal(hold.source, name, "") for name in hold.move.keyspace.tables]
+    fires = replica.firing(hold.source, [table for table in tables if table is not None])
+    if script.later and fires and not replica.may_be_replica(hold.target):
+        role = hold.target.info.user
+        raise Refused(
+            f"move {hold.move.id}: {fires[0][1]} of {fires[0][0]} is made on {hold.move.target} too, and there the role"
+            f" {role} may not set session_replication_role: it would fire once more for each row that is carried",
+            hint=f"on {hold.move.target}, as a superuser: GRANT SET ON PARAMETER session_replication_role TO {role};",
+        )
 
 
 def _last_number(target: Connection, move_id: str) -> int:
@@ -62,7 +78,7 @@ def finish(hold: Hold) -> None:
         Failed: the target's server would not, or somebody held a lock for too long; what was made stays.
     """
     target = hold.target
-    if not objects.is_unfinished(target):
+    if hold.move.id not in objects.makers(target):
         return
     rows = target.execute(
         "SELECT number, statement FROM shardmove.later WHERE move_id = %s ORDER BY number", (hold.move.id,)

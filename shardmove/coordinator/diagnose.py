@@ -236,7 +236,7 @@ class _Shard:
                 self.subject, f"the {kind} {name} belongs to no move", "shardmove uninstall, once no move is unfinished"
             )
 
-        if objects.is_unfinished(self.connection) and not unfinished:
+        if objects.makers(self.connection) - unfinished:
             yield Finding(
                 self.subject,
                 "tables that a move made lack indexes and foreign keys",

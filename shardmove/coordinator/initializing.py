@@ -47,6 +47,7 @@ def initialize(hold: Hold) -> None:
     hold.tables = described
     require_empty_target(hold)
     references.copy_missing(hold)
+    references.require_equal(hold)
     sequences.advance(hold.target, hold.source, hold.tables, margin=hold.config.limits.sequence_margin)
     points.reach("initializing.after_armed")
     hold.transition(State.COPYING, routes=lambda routes: marked(hold, routes))

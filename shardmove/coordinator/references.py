@@ -7,16 +7,18 @@ what is different at every one of several looks.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from psycopg import sql
 
 from shardmove.coordinator.hold import Hold
 from shardmove.domain import points
-from shardmove.domain.errors import Failed
+from shardmove.domain.errors import DifferencesFound, Failed
 from shardmove.domain.moves import TableName
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table, stored_columns
 from shardmove.postgres.sql import names
+from shardmove.protocol import sequences
 from shardmove.protocol.catch_up import copy_in, digest_of, relay
 from shardmove.protocol.replica import become_replica
 from shardmove.verify.comparison import TableComparison
@@ -36,7 +38,28 @@ def copy_missing(hold: Hold) -> None:
     for table in _tables(hold):
         if _is_empty(hold.target, table) and not _is_empty(hold.source, table):
             _copy(hold, table)
+            sequences.advance(hold.target, hold.source, [table], margin=hold.config.limits.sequence_margin)
             hold.catalog.record("reference_copied", hold.move.id, table=str(table.name), shard=hold.move.target)
+
+
+def require_equal(hold: Hold) -> None:
+    """Raises DifferencesFound where a reference table is not the same on both shards, before anything is copied."""
+    require(hold, compare(hold))
+
+
+def require(hold: Hold, found: Sequence[TableComparison]) -> None:
+    """Raises DifferencesFound that counts what differs, per reference table."""
+    worst = "; ".join(
+        f"{each.table.name}: {each.counts['missing']} only on {hold.move.source}, {each.counts['extra']} only on"
+        f" {hold.move.target}"
+        for each in found
+        if not each.equal
+    )
+    if worst:
+        raise DifferencesFound(
+            f"move {hold.move.id}: reference tables hold other rows on the two shards: {worst}",
+            hint="make their rows equal, then run the same command again; one that has no row on the target is filled",
+        )
 
 
 def _tables(hold: Hold) -> list[Table]:

@@ -98,7 +98,7 @@ def _require_ours(shard: str, connection: Connection, cluster_id: str) -> None:
         objects.check_schema(connection, cluster_id)
     except Refused as error:
         raise Refused(f"shard {shard}: {error.message}", hint=error.hint) from error
-    if objects.is_unfinished(connection):
+    if objects.makers(connection):
         raise Refused(
             f"shard {shard}: tables that a move made lack indexes and foreign keys, and we alone know which",
             hint="run what is in shardmove.later there, in the order of its numbers, then delete its rows",

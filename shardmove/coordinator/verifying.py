@@ -63,6 +63,7 @@ def verify(hold: Hold) -> None:
 
 def require_equal(hold: Hold, verdict: Verdict) -> None:
     """Raises DifferencesFound that counts what differs, per table."""
+    references.require(hold, [each for each in verdict.tables if not each.table.keyset])
     if verdict.equal:
         return
     worst = "; ".join(

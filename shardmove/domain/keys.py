@@ -51,7 +51,7 @@ class KeyType(StrEnum):
         """Reads one key. Raises ConfigurationError where the text is no key of this type."""
         try:
             return _READ[self](text)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ConfigurationError(f"{text!r} is not a key of type {self}", hint=_HOW.get(self)) from None
 
     def parse_range(self, text: str) -> KeyRange:

@@ -45,7 +45,10 @@ _IN_THE_WAY = """
     WHERE l.relation IN (SELECT oid FROM family)
       AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
       AND l.granted AND l.mode <> 'SIReadLock' AND a.pid <> pg_catalog.pg_backend_pid()
-      AND (%(givers_of_way)s OR NOT pg_catalog.starts_with(a.application_name, 'shardmove '))
+      AND (%(givers_of_way)s OR NOT EXISTS (
+            SELECT FROM pg_catalog.pg_locks way WHERE way.pid = a.pid AND way.granted AND way.locktype = 'advisory'
+            AND way.objsubid = 1 AND way.database = l.database
+            AND ((way.classid::int8 << 32) | way.objid::int8) = %(way)s))
       AND (%(readers)s OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
       AND a.xact_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %(longer_than_s)s)
     ORDER BY 4 DESC
@@ -54,10 +57,11 @@ _IN_THE_WAY = """
 
 GIVE_WAY_MS = 10_000
 """How long one try waits for our own writers; a batch takes about a second."""
-_WAY = "pg_catalog.hashtextextended('shardmove changes a table', 0)"
-GIVE_WAY: LiteralString = "SELECT pg_catalog.pg_advisory_xact_lock_shared(" + _WAY + ")"
+WAY = 5_108_411_773_921_046_528
+"""The key of the advisory lock that says so; a number of our own choice."""
+GIVE_WAY: LiteralString = "SELECT pg_catalog.pg_advisory_xact_lock_shared(5108411773921046528)"
 """The first statement of a transaction of ours that writes to a moving table for long."""
-_TAKE_WAY: LiteralString = "SELECT pg_catalog.pg_advisory_xact_lock(" + _WAY + ")"
+_TAKE_WAY: LiteralString = "SELECT pg_catalog.pg_advisory_xact_lock(5108411773921046528)"
 
 
 def in_the_way(
@@ -65,7 +69,7 @@ def in_the_way(
 ) -> list[str]:
     """Who has held a lock on the table, or on a partition of it, for longer, oldest first, in words.
 
-    `readers`: they would be in the way too. `givers_of_way`: our own sessions are named, too.
+    `readers`: they would be in the way too. `givers_of_way`: those of ours that give way are named, too.
     """
     whose = {
         "schema": name.schema,
@@ -73,6 +77,7 @@ def in_the_way(
         "readers": readers,
         "longer_than_s": longer_than_s,
         "givers_of_way": givers_of_way,
+        "way": WAY,
     }
     rows = connection.execute(_IN_THE_WAY, whose).fetchall()
     return [f"pid {pid} ({application}, role {role}) for {age:.1f} s" for pid, application, role, age in rows]

@@ -73,12 +73,14 @@ def has_schema(connection: Connection) -> bool:
     return row == (True,)
 
 
-def is_unfinished(connection: Connection) -> bool:
-    """Tables were made on this shard whose indexes and foreign keys are still to come."""
+def makers(connection: Connection) -> frozenset[str]:
+    """The moves that have made tables on this shard whose indexes, foreign keys and triggers are still to come."""
     if not has_schema(connection):
-        return False
+        return frozenset()
     row = connection.execute("SELECT pg_catalog.to_regclass('shardmove.later') IS NOT NULL").fetchone()
-    return row == (True,) and connection.execute("SELECT EXISTS (SELECT FROM shardmove.later)").fetchone() == (True,)
+    if row != (True,):
+        return frozenset()
+    return frozenset(each[0] for each in connection.execute("SELECT DISTINCT move_id FROM shardmove.later").fetchall())
 
 
 def install_move(connection: Connection, part: Part, *, lease_number: int) -> None:

@@ -257,6 +257,8 @@ def _try_rows(site: Site, table_: Table) -> Iterator[Problem]:
                     sink.write(block)
     except (Refused, errors.InsufficientPrivilege, errors.UniqueViolation, errors.ExclusionViolation):
         return  # other lines ask for rights, and for rows of the range
+    except errors.LockNotAvailable:
+        return  # says nothing of the rows
     except errors.SerializationFailure:
         return  # the range comes back: the fence that refuses it here makes way when the move begins
     except (psycopg.DataError, psycopg.ProgrammingError, psycopg.IntegrityError, psycopg.NotSupportedError) as error:

@@ -10,8 +10,12 @@ from psycopg import errors, sql
 
 from shardmove.coordinator.checks.asking import ask, gathered, shown
 from shardmove.coordinator.checks.site import Checks, Note, Problem, Site, on
+from shardmove.domain.errors import Refused
+from shardmove.domain.moves import TableName
 from shardmove.postgres.connect import Connection, explain
+from shardmove.postgres.introspect import Table
 from shardmove.protocol import objects
+from shardmove.protocol.replica import become_replica
 
 
 def _triggers(site: Site) -> Problem | None:
@@ -43,8 +47,8 @@ _FOR_REPLICAS: LiteralString = """
 def _one_sided(site: Site) -> Problem | None:
     """What a shard does for its application in triggers and policies is not carried by a move: after the cutover the
     target's own are what the application meets."""
-    if objects.is_unfinished(site.target):
-        return None
+    if site.move.id in objects.makers(site.target):
+        return None  # they come after the copy
     ours, theirs = (
         dict(ask(connection, site.move.keyspace.tables, _OWN_EFFECTS)) for connection in (site.source, site.target)
     )
@@ -103,13 +107,14 @@ def _try_deleting(site: Site, shard: str, connection: Connection) -> Iterator[Pr
             with connection.transaction(force_rollback=True):
                 patience = f"{site.limits.ddl_lock_timeout_ms}ms"
                 connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (patience,))
+                become_replica(connection, site.move.id, [Table(TableName(schema, name), "", (), (), binary=False)])
                 connection.execute(sql.SQL("DELETE FROM ONLY {} WHERE false").format(sql.Identifier(schema, name)))
         except (errors.ObjectNotInPrerequisiteState, errors.InvalidColumnReference) as error:
             yield Problem(
                 f"rows of {shown(relation)} cannot be deleted on {shard}: {explain(error)}",
                 on({shard: [f"ALTER TABLE {relation} REPLICA IDENTITY FULL;"]}),
             )
-        except (errors.InsufficientPrivilege, errors.LockNotAvailable):
+        except (Refused, errors.InsufficientPrivilege, errors.LockNotAvailable):
             continue  # another line asks for rights; a lock says nothing of the table
 
 

@@ -143,7 +143,14 @@ _HEIRS: LiteralString = """, heir(key_column, parent, oid) AS (
 def schema_difference(site: Site) -> Problem | None:
     """A row has to mean, and be allowed, the same on both shards: columns in any order, their types down to the ground,
     defaults, constraints, unique indexes, partitions."""
-    is_unfinished = objects.is_unfinished(site.target)
+    makers = objects.makers(site.target)
+    others = sorted(makers - {site.move.id})
+    if others:
+        return Problem(
+            f"{', '.join(others)} has made tables on {site.move.target}, whose foreign keys are still to come",
+            "\n".join(f"`shardmove run {move_id}` makes them" for move_id in others),
+        )
+    is_unfinished = site.move.id in makers
     return gathered(_differences(site, site.move.keyspace.tables, is_unfinished=is_unfinished))
 
 
@@ -211,7 +218,7 @@ def reference_tables(site: Site) -> Problem | None:
     """Rows that move reference rows of these on either shard: both shards have them, and alike."""
     tables = site.move.keyspace.reference_tables
     missing = [problem for shard, connection in site.sides for problem in _existence(site, shard, connection, tables)]
-    return gathered([*missing, *_differences(site, tables, is_unfinished=objects.is_unfinished(site.target))])
+    return gathered([*missing, *_differences(site, tables, is_unfinished=site.move.id in objects.makers(site.target))])
 
 
 def _extensions(site: Site) -> Problem | None:

@@ -12,7 +12,9 @@ from psycopg.conninfo import make_conninfo
 from shardmove.coordinator.checks.site import CATALOG_PLACE, Checks, Note, Problem, Site, on
 from shardmove.postgres.connect import Connection, connect, explain
 
-SERVER_VERSION_MIN = 140000
+SERVER_VERSION_MIN = 150000
+"""Before it, the server keeps the clones of row triggers on partitions to itself: nobody but a superuser arms them, and
+a disabled one is not told from its own."""
 
 ANSWERS = "the catalog and both shards answer"
 
