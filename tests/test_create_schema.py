@@ -115,6 +115,14 @@ def test_without_the_option_a_missing_table_is_refused(setting: Setting) -> None
     assert setting.fetch("s2", "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(0,)]
 
 
+def test_a_table_that_cannot_be_moved_is_not_made_either(setting: Setting) -> None:
+    with connect(setting.dsns["s1"], application_name="test") as source:
+        source.execute(b"ALTER TABLE public.orders DROP CONSTRAINT orders_pkey")
+    with setting.held() as held, pytest.raises(Refused, match="orders has no primary key"):
+        run(held, State.READY)
+    assert setting.fetch("s2", "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(0,)]
+
+
 def test_tables_are_made_filled_finished_and_cut_over(setting: Setting) -> None:
     seen: list[object] = []
     with setting.held() as held:

@@ -18,7 +18,7 @@ from shardmove.domain import points
 from shardmove.domain.errors import Failed, Refused
 from shardmove.domain.moves import Direction, State
 from shardmove.postgres.connect import Connection, explain
-from shardmove.postgres.introspect import minimal
+from shardmove.postgres.introspect import describe_all, plain_tables
 from shardmove.protocol import drift, fence, objects, parts, replica
 
 VIOLATIONS_MAX = 5
@@ -28,8 +28,10 @@ def create_missing(hold: Hold) -> None:
     """Makes what the target lacks of the keyspace's tables and reference tables; all of it, or nothing. Safe to repeat.
 
     Raises:
-        Refused: a role or an extension is missing on the target, or its server would not. Nothing was made.
+        Refused: a table cannot be moved, a role or an extension is missing on the target, or its server would not.
+            Nothing was made.
     """
+    describe_all(hold.source, hold.move.keyspace.tables)  # what cannot be moved is not made, either
     wanted = (*hold.move.keyspace.tables, *hold.move.keyspace.reference_tables)
     target = hold.target
     script = schema_copy.script(hold.dsn[hold.move.source], target, wanted)
@@ -50,8 +52,7 @@ def create_missing(hold: Hold) -> None:
 
 def _require_replica(hold: Hold, script: Script) -> None:
     """What comes after the copy would fire for mirrored rows: our role has to apply them as a replica there, too."""
-    tables = [minimal(hold.source, name, "") for name in hold.move.keyspace.tables]
-    fires = replica.firing(hold.source, [table for table in tables if table is not None])
+    fires = replica.firing(hold.source, plain_tables(hold.source, hold.move.keyspace.tables))
     if script.later and fires and not replica.may_be_replica(hold.target):
         role = hold.target.info.user
         raise Refused(

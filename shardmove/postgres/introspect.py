@@ -257,10 +257,10 @@ def describe(connection: Connection, name: TableName, key_column: str, *, keyset
     )
 
 
-def minimal(connection: Connection, name: TableName, key_column: str) -> Table | None:
-    """As much of a description as ranges and triggers need, or None where the table is missing."""
-    found = _find(connection, name)
-    return None if found is None else Table(name, key_column, (), (), binary=False, is_partitioned=found[1])
+def plain_tables(connection: Connection, tables: Mapping[TableName, str]) -> list[Table]:
+    """The tables that are there, by name = key column, for ranges and triggers: columns and keyset are left out."""
+    found = ((name, key_column, _find(connection, name)) for name, key_column in tables.items())
+    return [Table(name, key_column, (), (), False, each[1]) for name, key_column, each in found if each is not None]
 
 
 def stored_columns(connection: Connection, name: TableName) -> tuple[tuple[str, ...], bool]:
@@ -461,8 +461,18 @@ def _as_both(ours: Table, theirs: Table) -> Table:
     )
 
 
+MADE_OF: LiteralString = """(
+            SELECT t.typelem AS oid WHERE t.typelem <> 0
+            UNION ALL SELECT t.typbasetype WHERE t.typbasetype <> 0
+            UNION ALL SELECT p.atttypid FROM pg_catalog.pg_attribute p
+                      WHERE p.attrelid = t.typrelid AND p.attnum > 0 AND NOT p.attisdropped
+            UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+        ) AS made_of"""
+"""For CROSS JOIN LATERAL: what the type `t` is made of."""
+
 # A line a fact, in words that are the same on every server and release. Types are followed to what they are made of.
-_SIGNATURE: LiteralString = """
+_SIGNATURE: LiteralString = (
+    """
     WITH RECURSIVE attribute AS (
         SELECT a.*, ad.adbin FROM pg_catalog.pg_attribute a
         LEFT JOIN pg_catalog.pg_attrdef ad ON ad.adrelid = a.attrelid AND ad.adnum = a.attnum
@@ -478,13 +488,9 @@ _SIGNATURE: LiteralString = """
     ), used(oid) AS (
         SELECT atttypid FROM attribute
         UNION
-        SELECT made_of.oid FROM used u JOIN pg_catalog.pg_type t ON t.oid = u.oid CROSS JOIN LATERAL (
-            SELECT t.typelem AS oid WHERE t.typelem <> 0
-            UNION ALL SELECT t.typbasetype WHERE t.typbasetype <> 0
-            UNION ALL SELECT p.atttypid FROM pg_catalog.pg_attribute p
-                      WHERE p.attrelid = t.typrelid AND p.attnum > 0 AND NOT p.attisdropped
-            UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
-        ) AS made_of
+        SELECT made_of.oid FROM used u JOIN pg_catalog.pg_type t ON t.oid = u.oid CROSS JOIN LATERAL """
+    + MADE_OF
+    + """
     ), own_type AS (
         SELECT t.*, pg_catalog.format_type(t.oid, NULL) AS name FROM used u JOIN pg_catalog.pg_type t USING (oid)
         WHERE t.typnamespace <> 'pg_catalog'::regnamespace
@@ -548,6 +554,7 @@ _SIGNATURE: LiteralString = """
     SELECT 'range ' || t.name || ' of ' || pg_catalog.format_type(r.rngsubtype, NULL)
     FROM own_type t JOIN pg_catalog.pg_range r ON r.rngtypid = t.oid
 """
+)
 
 
 def signature(connection: Connection, name: TableName, *, is_unfinished: bool = False) -> set[str]:

@@ -12,7 +12,7 @@ from shardmove.domain.keys import KeyRange, merged, subtract
 from shardmove.domain.moves import Keyspace, Move
 from shardmove.postgres import locks
 from shardmove.postgres.connect import Connection
-from shardmove.postgres.introspect import Table, minimal, table_sql
+from shardmove.postgres.introspect import Table, plain_tables, table_sql
 from shardmove.protocol import parts
 from shardmove.protocol.capture import when
 from shardmove.protocol.families import enable_always
@@ -77,8 +77,7 @@ def bare_tables(connection: Connection, keyspace: Keyspace) -> list[Table]:
     """Tables of the keyspace on this shard that do not refuse what it gave away: added, or made anew, since then."""
     if not kept_ranges(connection, keyspace):
         return []
-    described = [minimal(connection, name, key_column) for name, key_column in keyspace.tables.items()]
-    return [table for table in described if table is not None and not is_on(connection, table)]
+    return [table for table in plain_tables(connection, keyspace.tables) if not is_on(connection, table)]
 
 
 def extend(connection: Connection, keyspace: Keyspace, patience: locks.Patience) -> list[Table]:

@@ -8,7 +8,7 @@ from typing import Any, Final, LiteralString
 from shardmove.coordinator.checks.site import Note, Problem, Site
 from shardmove.domain.moves import TableName
 from shardmove.postgres.connect import Connection
-from shardmove.postgres.introspect import Table
+from shardmove.postgres.introspect import MADE_OF
 
 NAMED_MAX: Final = 10
 """A line names that many of its problems, and counts the others."""
@@ -28,19 +28,17 @@ _FAMILY: Final[LiteralString] = """
     )"""
 
 # `used`: the types of all columns of the tables, and what these types are made of, down to the ground.
-USED_TYPES: Final[LiteralString] = """, used(root, attname, oid) AS (
+USED_TYPES: Final[LiteralString] = (
+    """, used(root, attname, oid) AS (
         SELECT f.root, a.attname, a.atttypid FROM family f
         JOIN pg_catalog.pg_attribute a ON a.attrelid = f.oid AND a.attnum > 0 AND NOT a.attisdropped WHERE f.is_root
         UNION
         SELECT u.root, u.attname, made_of.oid FROM used u JOIN pg_catalog.pg_type t ON t.oid = u.oid
-        CROSS JOIN LATERAL (
-            SELECT t.typelem AS oid WHERE t.typelem <> 0
-            UNION ALL SELECT t.typbasetype WHERE t.typbasetype <> 0
-            UNION ALL SELECT p.atttypid FROM pg_catalog.pg_attribute p
-                      WHERE p.attrelid = t.typrelid AND p.attnum > 0 AND NOT p.attisdropped
-            UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
-        ) AS made_of
+        CROSS JOIN LATERAL """
+    + MADE_OF
+    + """
     )"""
+)
 
 
 def ask(
@@ -75,14 +73,3 @@ def shown(relation: object) -> str:
 def entry(site: Site) -> str:
     """The place in the configuration that names the tables."""
     return f"[keyspaces.{site.move.keyspace.name}.tables]"
-
-
-def plain_tables(connection: Connection, tables: Mapping[TableName, str]) -> list[Table]:
-    """The tables that are there, for questions about their rows: columns and keyset are left out."""
-    rows = ask(
-        connection,
-        tables,
-        " SELECT f.schema_name, f.table_name, f.key_column, c.relkind = 'p'"
-        " FROM family f JOIN pg_catalog.pg_class c USING (oid) WHERE f.is_root",
-    )
-    return [Table(TableName(schema, name), key, (), (), False, is_parted) for schema, name, key, is_parted in rows]

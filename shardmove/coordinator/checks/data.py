@@ -8,13 +8,13 @@ from typing import Final, LiteralString
 import psycopg
 from psycopg import errors, sql
 
-from shardmove.coordinator.checks.asking import USED_TYPES, ask, gathered, plain_tables, shown
+from shardmove.coordinator.checks.asking import USED_TYPES, ask, gathered, shown
 from shardmove.coordinator.checks.effects import TRIALS
 from shardmove.coordinator.checks.site import Checks, Problem, Site, on
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import State, TableName
 from shardmove.postgres.connect import Connection, explain
-from shardmove.postgres.introspect import Table, describe_both
+from shardmove.postgres.introspect import Table, describe_both, plain_tables
 from shardmove.postgres.sql import names, type_name
 from shardmove.protocol.catch_up import copy_in, in_move
 from shardmove.protocol.replica import become_replica

@@ -10,13 +10,13 @@ from typing import Final, LiteralString
 import psycopg
 from psycopg import sql
 
-from shardmove.coordinator.checks.asking import ask, entry, gathered, plain_tables, shown
+from shardmove.coordinator.checks.asking import ask, entry, gathered, shown
 from shardmove.coordinator.checks.site import Checks, Note, Problem, Site, on
 from shardmove.domain.errors import Refused
 from shardmove.domain.keys import KeyType
 from shardmove.domain.moves import TableName
 from shardmove.postgres.connect import Connection, explain
-from shardmove.postgres.introspect import Table, describe, index_answers
+from shardmove.postgres.introspect import Table, describe, index_answers, plain_tables
 from shardmove.postgres.sql import names, type_name
 from shardmove.protocol.parts import XID
 

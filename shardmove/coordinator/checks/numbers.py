@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shardmove.coordinator.checks.asking import gathered, plain_tables, shown
+from shardmove.coordinator.checks.asking import gathered, shown
 from shardmove.coordinator.checks.site import Checks, Problem, Site, on
 from shardmove.domain.moves import State
 from shardmove.postgres.connect import Connection
+from shardmove.postgres.introspect import plain_tables
 from shardmove.protocol import sequences
 
 

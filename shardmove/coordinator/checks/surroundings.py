@@ -7,9 +7,9 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 
-from shardmove.coordinator.checks.asking import ask, gathered, plain_tables
+from shardmove.coordinator.checks.asking import ask, gathered
 from shardmove.coordinator.checks.site import Checks, Note, Problem, Site, on
-from shardmove.postgres.introspect import Table, estimate_rows, size_bytes
+from shardmove.postgres.introspect import Table, estimate_rows, plain_tables, size_bytes
 from shardmove.postgres.sql import TRUE
 from shardmove.protocol.catch_up import in_move
 
