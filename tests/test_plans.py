@@ -15,11 +15,13 @@ import pytest
 from rich.console import Console
 
 from shardmove.catalog.store import Catalog
+from shardmove.cli import render
 from shardmove.cli.display import Screen
 from shardmove.cli.exits import Exit, exit_code
 from shardmove.cli.words import listed
 from shardmove.coordinator.estimating import DEFAULT_RATE_ROWS_S
 from shardmove.coordinator.operating import worst
+from shardmove.coordinator.status import status
 from shardmove.domain import errors, points
 from shardmove.domain.hashing import HASHES
 from shardmove.domain.keys import KeyRange
@@ -526,3 +528,13 @@ def test_a_screen_shows_the_moves_one_below_the_other(
     assert all(move.ranges_text in shown for move in (first, second))
     with screen.watched(first):
         pass
+
+
+def test_a_move_that_died_before_it_had_estimated_anything_is_shown(world: World) -> None:
+    """Killed between the step into `copying` and the first word of progress."""
+    move = world.move(world.split(at=20))
+    figures = status(world.config, world.catalog, move)
+    told = {**figures, "state": "copying", "rows_copied": 0, "rows_estimate": None}
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(render.statuses({"moves": [told]}))
+    assert "copying" in shown.getvalue()

@@ -179,7 +179,9 @@ def _status_row(move: Document) -> Sequence[object]:
         move["target"],
         move["state"],
         duration((datetime.now(UTC) - datetime.fromisoformat(move["state_since"])).total_seconds()),
-        "" if copied is None else f"{copied:,}" + (f" of ~{estimate:,}" if move["state"] == "copying" else ""),
+        ""
+        if copied is None
+        else f"{copied:,}" + (f" of ~{estimate:,}" if move["state"] == "copying" and estimate is not None else ""),
         "" if move["bytes_copied"] is None else decimal(move["bytes_copied"]),
         "" if move["rate_rows_s"] is None else f"{move['rate_rows_s']:,.0f}",
         duration(move["eta_s"]),
