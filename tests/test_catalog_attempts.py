@@ -501,10 +501,10 @@ def test_a_step_stopped_before_its_effect_has_none_and_after_it_all(
         ),
     }
     before = picture(dsn)
-    with points.armed(f"catalog.before_{step}", stop), pytest.raises(Stopped):
+    with points.armed(f"{step}.before", stop), pytest.raises(Stopped):
         acts[step]()
     assert picture(dsn) == before
-    with points.armed(f"catalog.after_{step}", stop), pytest.raises(Stopped):
+    with points.armed(f"{step}.after", stop), pytest.raises(Stopped):
         acts[step]()
     assert picture(dsn) != before
 

@@ -390,7 +390,7 @@ def test_a_publisher_stopped_before_its_effect_has_none_and_after_it_all(catalog
     def stop(name: str) -> None:
         raise Stopped(name)
 
-    for point, epoch in (("catalog.before_publish", 1), ("catalog.after_publish", 2)):
+    for point, epoch in (("publish.before", 1), ("publish.after", 2)):
         with points.armed(point, stop), pytest.raises(Stopped):
             catalog.publish(split(100), base=1, reason="a test")
         assert catalog.routes().epoch == epoch

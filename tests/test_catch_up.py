@@ -45,10 +45,10 @@ POINTS: Final = (
     "catch_up.after_receiver_lock",
     "catch_up.after_giver_snapshot",
     "catch_up.before_compare",
-    "catch_up.before_flush",
-    "catch_up.before_receiver_commit",
-    "catch_up.between_commits",
-    "catch_up.after_giver_commit",
+    "make_durable.before",
+    "catch_up.receiver.before",
+    "catch_up.receiver.after",
+    "catch_up.giver.after",
 )
 
 SCHEMA = """
@@ -276,7 +276,7 @@ def test_writes_batches_and_passes_in_any_order_end_equal(shop: Engine, rng: ran
                 write(client, rng)
 
         with ExitStack() as stack:
-            for point in (*POINTS[:-1], "batch.before_compare", "batch.before_commit"):
+            for point in (*POINTS[:-1], "batch.before_compare", "batch.before"):
                 stack.enter_context(points.armed(point, write_some))
             for _ in range(60):
                 write_some("")

@@ -343,7 +343,7 @@ def test_a_run_that_fails_is_rolled_back_where_that_was_wanted(world: World, she
     def fail(_point: str) -> None:
         raise errors.Failed("the disk is full", hint="buy one")
 
-    with points.armed("copying.after_whole", fail):
+    with points.armed("mark_whole.after", fail):
         said = shell("run", planned)
         assert (said.code, world.move(planned).error) == (Exit.FAILED, "the disk is full")
         said = shell("run", planned, "--on-error", "rollback")

@@ -18,9 +18,8 @@ from shardmove.domain import points
 from shardmove.domain.errors import DifferencesFound, Interrupted, Refused
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Direction, State, TableName
-from shardmove.postgres.connect import connect
 from shardmove.postgres.introspect import signature
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 from workers.executors import InlineExecutor
 
 SCHEMA = """
@@ -151,7 +150,7 @@ def test_who_dies_while_it_finishes_is_followed_by_who_goes_on(setting: Setting)
 
     with (
         setting.held() as held,
-        points.armed("creating.before_later_commit", die),
+        points.armed("create_later.before", die),
         pytest.raises(Interrupted),
     ):
         run(held, State.READY)

@@ -49,22 +49,22 @@ PATIENT: Final = {"max_stall_ms": 30_000}
 OURS: Final = "shardmove m1"  # what our sessions for the first move are called
 
 POINTS: Final = (
-    "catch_up.after_giver_commit",
+    "catch_up.giver.after",
     "cutover.after_guards",
-    "catalog.before_open_attempt",
-    "catalog.after_open_attempt",
+    "open_attempt.before",
+    "open_attempt.after",
     "cutover.after_hold",
     "close.after_lock",
-    "close.before_commit",
-    "close.after_commit",
+    "close.before",
+    "close.after",
     "cutover.after_empty",
-    "catalog.before_flip",
-    "catalog.after_flip",
-    "cutover.after_flip",
-    "open.before_state",
-    "open.before_commit",
-    "open.after_commit",
-    "give_away.after_commit",
+    "flip.before",
+    "flip.after",
+    "flip.after",
+    "open.before",
+    "open.before",
+    "open.after",
+    "give_away.after",
 )
 """In the order of the steps."""
 
@@ -197,7 +197,7 @@ def test_a_flip_in_doubt_is_settled(ready: Ready, lost: str) -> None:
     world, move = ready(**PATIENT)
     with world.writers(rate=150.0) as fleet, world.hold(move) as held, psycopg.connect(world.dsns["cat"]) as blocker:
         flipping = held.catalog._connection
-        with at("catalog.before_flip", lambda: publishers_wait(blocker)) as reached:
+        with at("flip.before", lambda: publishers_wait(blocker)) as reached:
             cutting = spawn(lambda: cut_over(held, Direction.FORWARD))
             assert reached.wait(BOUND_S)
             until(lambda: blocked(world) == 1)
@@ -238,7 +238,7 @@ def test_an_attempt_that_stalls_writers_for_too_long_gives_up_and_opens_again(
 ) -> None:
     monkeypatch.setattr(cutover, "WATCHDOG_FACTOR", 1000)
     world, move = ready(max_stall_ms=300)
-    slow_server = at("close.after_commit", lambda: threading.Event().wait(0.4))
+    slow_server = at("close.after", lambda: threading.Event().wait(0.4))
     with world.writers(rate=150.0), slow_server:
         report = world.cut_over(move)
     assert report.attempts >= 2
@@ -263,7 +263,7 @@ def test_a_coordinator_that_hangs_with_the_fence_closed_is_overtaken_by_its_own_
     ready: Ready,
 ) -> None:
     world, move = ready(max_stall_ms=500)
-    with world.writers(rate=150.0) as fleet, Pause("close.after_commit") as hanging:
+    with world.writers(rate=150.0) as fleet, Pause("close.after") as hanging:
         cutting = spawn(lambda: world.cut_over(move))
         hanging.wait()
         until(lambda: accepts(world, "s1"), timeout_s=BOUND_S)
@@ -294,7 +294,7 @@ def test_what_was_held_is_let_go_when_the_attempt_is_given_up(ready: Ready) -> N
 # --- beside others
 
 
-@pytest.mark.parametrize("point", ["catalog.before_open_attempt", "catalog.before_flip"])
+@pytest.mark.parametrize("point", ["open_attempt.before", "flip.before"])
 def test_an_epoch_published_for_another_keyspace_meanwhile(ready: Ready, point: str) -> None:
     world, move = ready()
     world.catalog.apply(with_another_keyspace(world))

@@ -11,9 +11,9 @@ import pytest
 
 from shardmove.domain.errors import Failed
 from shardmove.domain.moves import TableName
-from shardmove.postgres.connect import connect
+from shardmove.domain.points import Effect
 from shardmove.postgres.locks import GIVE_WAY, Patience, change_table, in_the_way
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 
 ORDERS = TableName("public", "orders")
 
@@ -64,10 +64,10 @@ def test_our_own_writers_give_way_to_a_change_of_the_table(databases: Databases,
         patience = Patience(lock_timeout_ms=20, total_s=60 if mechanism == "with" else 3)
         with batches(dsn, GIVE_WAY if mechanism == "with" else "SELECT 1"):
             if mechanism == "with":
-                change_table(connection, ORDERS, change, patience=patience)
+                change_table(connection, ORDERS, Effect.ARM, change, patience=patience)
             else:
                 with pytest.raises(Failed, match="could not lock the table orders"):
-                    change_table(connection, ORDERS, change, patience=patience)
+                    change_table(connection, ORDERS, Effect.ARM, change, patience=patience)
 
 
 def test_who_is_in_the_way_is_named_also_on_a_partition(databases: Databases) -> None:
@@ -85,7 +85,7 @@ def test_who_is_in_the_way_is_named_also_on_a_partition(databases: Databases) ->
             connection.execute("LOCK TABLE public.orders IN SHARE ROW EXCLUSIVE MODE")
 
         with pytest.raises(Failed, match="report"):
-            change_table(connection, ORDERS, change, patience=Patience(lock_timeout_ms=20, total_s=1))
+            change_table(connection, ORDERS, Effect.ARM, change, patience=Patience(lock_timeout_ms=20, total_s=1))
 
 
 def test_of_our_own_sessions_only_those_that_give_way_are_not_in_the_way(databases: Databases) -> None:

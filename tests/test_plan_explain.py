@@ -17,13 +17,13 @@ from psycopg import sql
 
 from shardmove.domain.keys import KeyType
 from shardmove.domain.moves import Keyspace, Scheme, TableName
-from shardmove.postgres.connect import Connection, connect
+from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table, describe, index_answers
 from shardmove.postgres.sql import Position
 from shardmove.protocol.catch_up import delete_rows, oldest_left, read_rows, take_entries
 from shardmove.protocol.parts import journal
 from tests.support.engine import Engine, make_engine
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 from workers.connections import Connections
 from workers.copy import rows_of
 from workers.cuts import cut_sql

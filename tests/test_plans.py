@@ -25,10 +25,9 @@ from shardmove.coordinator.status import status
 from shardmove.domain import errors, points
 from shardmove.domain.hashing import HASHES
 from shardmove.domain.keys import KeyRange
-from shardmove.postgres.connect import connect
 from shardmove.protocol import objects
 from tests.support.engine import until
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 from tests.support.shell import Said, Shell, Start, invoked
 from tests.support.world import World
 
@@ -391,7 +390,7 @@ def test_a_failure_starts_no_others_and_lets_those_beside_it_arrive(
         if once.acquire(blocking=False):
             raise errors.Failed("the disk is full")
 
-    with points.armed("copying.after_whole", fail_first):
+    with points.armed("mark_whole.after", fail_first):
         said = shell("run", plan, "--parallel", "2", "--until", "switched", "--on-error", "rollback")
     assert said.code == Exit.FAILED
     assert "the disk is full; it was rolled back" in said.stderr

@@ -40,13 +40,12 @@ from shardmove.coordinator.run import run
 from shardmove.coordinator.shards import grants
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import Direction, State
-from shardmove.postgres.connect import connect
 from shardmove.postgres.embedded import LOOPBACK, Cluster
 from shardmove.postgres.introspect import Table
 from shardmove.protocol.replica import become_replica, may_be_replica
 from tests.support.engine import until
 from tests.support.preflight import ORDERS, MakePlan, Plan, line
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 from tests.support.shell import Shell
 from tests.support.world import World
 from workers.executors import InlineExecutor

@@ -19,10 +19,9 @@ from shardmove.domain.errors import ConfigurationError, Failed, NotFound, Refuse
 from shardmove.domain.moves import TableName
 from shardmove.postgres import dump
 from shardmove.postgres.binaries import ENVIRONMENT_VARIABLE, wheel_programs
-from shardmove.postgres.connect import connect
 from shardmove.postgres.embedded import Cluster
 from shardmove.postgres.introspect import signature
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 
 ROLE = "schema copy's role"
 
@@ -177,7 +176,7 @@ def script(source: str, target: str, *tables: TableName) -> Script:
 
 
 def create(target: str, made: Script) -> None:
-    with connect(target, application_name="test") as connection:
+    with connect(target, application_name="test") as connection, connection.transaction():
         schema_copy.create(connection, made.now)
 
 

@@ -29,7 +29,7 @@ from shardmove.coordinator.run import run
 from shardmove.domain.errors import CutoverGaveUp, Failed, LeaseLost, ServerChanged, ShardmoveError
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Attempt, Direction, Outcome, State
-from shardmove.postgres import connect, locks
+from shardmove.postgres import connect, effects, locks
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.embedded import Cluster, Server
 from shardmove.protocol import capture, catch_up, drift, fence, kept, ownership, parts, sequences
@@ -328,7 +328,7 @@ def test_fingerprint_under_weak_lock(mechanism: Mechanism, make_world: MakeWorld
 
         if when == "before the guards":
             mechanism.replace(cutover, "lock_tables", lambda *_, **__: None)
-            place = at("catch_up.after_giver_commit", slip)
+            place = at("catch_up.after_pass", slip)
         else:
             mechanism.replace(cutover._Crossing, "_require_guards", lambda _: None)
             place = at("cutover.after_guards", slip_past_the_lost_guard)
@@ -380,7 +380,9 @@ def test_a_serializable_reader_is_in_nobodys_way(world: World) -> None:
     assert damage(world) == []
 
 
-def change_without_looking(connection: Connection, _name: object, change: Callable[[], None], **_: object) -> None:
+def change_without_looking(
+    connection: Connection, _name: object, _effect: object, change: Callable[[], None], **_: object
+) -> None:
     with connection.transaction():
         change()
 
@@ -393,7 +395,7 @@ def test_plain_number_check(mechanism: Mechanism, world: World) -> None:
     plainly = fence.read
     mechanism.replace(fence, "read", lambda connection, move_id, *, share=False: plainly(connection, move_id))
     move = world.split()
-    with Clerk(world, "s1") as clerk, Pause("batch.before_commit") as zombie:
+    with Clerk(world, "s1") as clerk, Pause("batch.before") as zombie:
         first = spawn(lambda: run_with_one_worker(world, move))
         zombie.wait()
         clerk.delete_all(20)
@@ -416,7 +418,7 @@ def test_paused_zombie_holds_row(mechanism: Mechanism, world: World, monkeypatch
     monkeypatch.setattr(fence, "raise_number", lambda *args: raise_number(*args, patience_s=1.0))
     mechanism.replace(fence, "_end_holders", lambda *_: None)
     move = world.split()
-    with Pause("batch.before_commit") as zombie:
+    with Pause("batch.before") as zombie:
         first = spawn(lambda: run_with_one_worker(world, move))
         zombie.wait()
         lose_lease(world, move)
@@ -471,7 +473,7 @@ def test_a_flip_needs_its_attempt_to_be_open(mechanism: Mechanism, make_world: M
             ownership.settle(catalog, catalog.move(move), 1, reach, reason="taken for dead")
             clerk.rename(25, "after it was opened again")
 
-        with at("catalog.before_flip", meanwhile):
+        with at("flip.before", meanwhile):
             world.cut_over(move)
     mechanism.judge(damage(world))
 
@@ -557,7 +559,7 @@ def test_erase_against_catch_up(mechanism: Mechanism, world: World) -> None:
         carried: list[Future[Pass]] = []
         erased = threading.Event()
         with (
-            at("catalog.after_transition", catch_up_late) as begun,
+            at("transition.after", catch_up_late) as begun,
             at("ending.after_erase", stand_until_it_carried),
         ):
             completing = spawn(lambda: world.complete(move))
@@ -615,7 +617,7 @@ def test_two_moves_that_complete_at_once_merge_their_kept_fences(mechanism: Mech
     one, two = plan.move_ids
     for move in (one, two):
         world.run(move, State.SWITCHED)
-    with Pause("keep.before_fence") as keeping:
+    with Pause("keep_fence.before_tables") as keeping:
         first = in_background(lambda: world.complete(one))
         keeping.wait()
         second = spawn(lambda: world.complete(two))
@@ -695,7 +697,7 @@ def test_sequence_race(mechanism: Mechanism, world: World) -> None:
     with world.connect("s3") as receiver, world.connect("s1") as giver:
         receiver.execute("SET search_path = ''")
         giver.execute("SET search_path = ''")
-        with at("sequences.before_set", resident, nth=1):
+        with at("set_sequence.before", resident, nth=1):
             sequences.advance(receiver, giver, tables, margin=100_000 if mechanism.on else 0)
         resident()
     twice = sorted({number for number in issued if issued.count(number) > 1})
@@ -740,7 +742,7 @@ ADVISORY_LOCKS = """
 
 
 def begin_with_the_fences_lock(mirror: Mirror) -> None:
-    mirror.receiver.execute("BEGIN")
+    effects.begin(mirror.receiver)
     mirror.receiver.execute(
         "SELECT pg_catalog.pg_advisory_xact_lock(fence_key) FROM shardmove.fence WHERE move_id = %s", (mirror.move.id,)
     )
@@ -764,7 +766,7 @@ def test_async_commit_crash(mechanism: Mechanism, tmp_path: Path) -> None:
             cluster["s1"].kill()
             cluster["s1"].start()
 
-        with at("cutover.after_hold", lambda: hold_up_the_log(world)), at("cutover.after_flip", crash) as crashed:
+        with at("cutover.after_hold", lambda: hold_up_the_log(world)), at("flip.after", crash) as crashed:
             world.cut_over(move)
         assert crashed.is_set()
         with Clerk(world, "s1") as clerk:

@@ -25,7 +25,8 @@ from shardmove.domain.digests import Digest
 from shardmove.domain.errors import BatchMismatch, Failed, Refused, SchemaDrift
 from shardmove.domain.moves import Move, State
 from shardmove.postgres import connect as connecting
-from shardmove.postgres.connect import Connection, connect
+from shardmove.postgres import effects
+from shardmove.postgres.connect import Connection
 from shardmove.postgres.embedded import Cluster, Server
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import TRUE, Interval
@@ -33,7 +34,7 @@ from shardmove.protocol import capture, catch_up, drift, fence, objects, parts
 from shardmove.protocol import gate as gating
 from shardmove.protocol.catch_up import Mirror, Pass
 from tests.support.engine import LEASE, ORDERS, Engine, make_engine, until
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 from tests.support.twins import (
     WHOLE,
     Died,
@@ -396,7 +397,7 @@ def test_order_of_the_two_beginnings(mechanism: Mechanism, engine: MakeEngine) -
 
 def begin_receiver_without_lock(running: Mirror) -> None:
     """As the product's own, but that the others are not held off."""
-    running.receiver.execute("BEGIN")
+    effects.begin(running.receiver)
     row = fence.check_receiving(running.receiver, running.move.id, running.move.giver(running.direction))
     running.gate = gating.gate(running.receiver, row, running.tables)
 
@@ -416,7 +417,7 @@ def test_stale_catch_up(mechanism: Mechanism, engine: MakeEngine) -> None:
             others.append(spawn(second.catch_up))
             until(lambda: others[0].done() or waits_for_advisory_lock(made))
 
-        with once("catch_up.before_receiver_commit", overtaken), pytest.raises(psycopg.OperationalError):
+        with once("catch_up.receiver.before", overtaken), pytest.raises(psycopg.OperationalError):
             first.catch_up()
         others[0].result()
     carry_all(made)
@@ -428,7 +429,7 @@ def test_delete_at_one_snapshot(mechanism: Mechanism, engine: MakeEngine) -> Non
 
     The writer holds up the second look by a lock on that journal, which is how it comes to stand between the two.
     """
-    mechanism.replace(catch_up, "giver_begin", lambda: sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"))
+    mechanism.replace(catch_up, "giver_isolation", lambda: "READ COMMITTED")
     made = engine(schema=FAMILY, tables=FAMILY_TABLES, rows=TEN)
     copy_all(made)
     with application(made) as writer, mirror(made) as running:
@@ -540,7 +541,7 @@ def test_record_in_the_transaction_of_the_rows(mechanism: Mechanism, engine: Mak
             record_batch(other, task, digest)
 
     mechanism.replace(copy, "record_batch", record_apart)
-    with once("batch.before_commit", die), pytest.raises(Died):
+    with once("batch.before", die), pytest.raises(Died):
         copy_batch(made)
     copy_batch(made)
     carry_all(made)
@@ -603,7 +604,7 @@ def test_crash_between_commits(mechanism: Mechanism, fragile: Server, on_fragile
         client.execute("SET synchronous_commit = off")
         stop_the_log_writer(on_fragile)
         client.execute("UPDATE orders SET note = 'v2' WHERE id = 7")
-        with once("catch_up.between_commits", fragile.kill), pytest.raises(psycopg.OperationalError):
+        with once("catch_up.receiver.after", fragile.kill), pytest.raises(psycopg.OperationalError):
             running.catch_up()
     fragile.start()
     carry_all(on_fragile)
@@ -744,12 +745,12 @@ def journal_pages(running: Mirror, monkeypatch: pytest.MonkeyPatch, rows_max: in
 
     with monkeypatch.context() as patch:
         patch.setattr(running.giver, "execute", listen)
-        with once("catch_up.before_receiver_commit", die), pytest.raises(Died):
+        with once("catch_up.receiver.before", die), pytest.raises(Died):
             running.catch_up(rows_max=rows_max)
     assert len(statements) == 2
     plans = []
     for statement in statements:
-        execute("BEGIN")
+        execute("BEGIN READ WRITE")
         ((plan,),) = execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}".encode()).fetchall()
         execute("ROLLBACK")
         plans.append(plan[0]["Plan"])

@@ -199,7 +199,7 @@ def die(_: str) -> None:
     raise Died
 
 
-@pytest.mark.parametrize("point", ["batch.before_compare", "batch.before_commit", "batch.after_commit"])
+@pytest.mark.parametrize("point", ["batch.before_compare", "batch.before", "batch.after"])
 def test_a_batch_that_dies_anywhere_is_done_once_by_its_repeat(
     engine: Callable[..., Engine], executor: InlineExecutor, point: str
 ) -> None:
@@ -221,7 +221,7 @@ def test_twin_a_record_in_a_transaction_of_its_own_loses_the_rows(
             record_batch(connection, task, digest)
 
     monkeypatch.setattr(copy, "record_batch", record_apart)
-    with points.armed("batch.before_commit", die), pytest.raises(Died):
+    with points.armed("batch.before", die), pytest.raises(Died):
         executor.submit(batch(made)).result()
     assert executor.submit(batch(made)).result().digest.rows == 50
     assert count(made) == 0
@@ -238,7 +238,7 @@ def two_tries_at_once(engine: Engine, executor: InlineExecutor, is_second_held: 
             assert go_on.wait(30)
 
     reached = threading.Event()
-    with points.armed("batch.before_commit", hold):
+    with points.armed("batch.before", hold):
         first = executor.submit(batch(engine))
         assert reached.wait(30)
         second = executor.submit(batch(engine))

@@ -93,7 +93,7 @@ def test_a_lost_lease_ends_an_erasure_between_two_transactions(copied: Engine) -
         with copied.connect("s2") as connection:
             fence.raise_number(connection, copied.move.id, LEASE + 1)
 
-    with points.armed("erase.after_commit", take_over), Connections() as connections, pytest.raises(LeaseLost):
+    with points.armed("erase.after", take_over), Connections() as connections, pytest.raises(LeaseLost):
         run(erasure(copied), connections)
     assert left(copied) == (70, 10, 1)
 
@@ -114,6 +114,6 @@ def test_the_record_stays_until_the_last_row_has_gone(copied: Engine) -> None:
     def note(_: str) -> None:
         seen.append(left(copied)[2])
 
-    with points.armed("erase.after_commit", note), Connections() as connections:
+    with points.armed("erase.after", note), Connections() as connections:
         run(erasure(copied), connections)
     assert seen == [1, 1, 1, 0]

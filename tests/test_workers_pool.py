@@ -126,7 +126,7 @@ def test_errors_of_a_server_arrive_as_ours_without_row_values(
     executor: Executor, databases: Callable[..., dict[str, str]]
 ) -> None:
     dsn = databases("s1")["s1"]
-    schema = "CREATE TEMP TABLE t (secret int UNIQUE); INSERT INTO t VALUES (123456), (123456)"
+    schema = "BEGIN READ WRITE; CREATE TEMP TABLE t (secret int UNIQUE); INSERT INTO t VALUES (123456), (123456)"
     raised = executor.submit(Ask(dsn, schema)).exception()
     assert type(raised) is Failed
     assert "23505" in raised.message

@@ -133,7 +133,7 @@ def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(world: Wor
 
     move_id = world.split(at=20)
     world.run(move_id, State.READY)
-    with points.armed("open.after_commit", kill), pytest.raises(Killed):
+    with points.armed("open.after", kill), pytest.raises(Killed):
         world.cut_over(move_id)
     assert world.fetch("s1", "SELECT standing FROM shardmove.fence") == [("owner",)]
     with world.attended():

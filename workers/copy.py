@@ -27,6 +27,8 @@ from shardmove.domain import points
 from shardmove.domain.digests import Digest
 from shardmove.domain.errors import Failed
 from shardmove.domain.moves import Move
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.locks import GIVE_WAY
@@ -43,7 +45,6 @@ from shardmove.protocol.catch_up import (
 )
 from shardmove.protocol.replica import become_replica
 from workers.connections import Connections
-from workers.tasks import snapshot
 
 
 class BatchBlocked(Failed):
@@ -90,13 +91,12 @@ class CopyBatch:
         source = connections.get(self.source_dsn, self.move.id)
         target = connections.get(self.target_dsn, self.move.id)
         try:
-            with target.transaction():
+            with effects.writing(target, Effect.BATCH):
                 digest = self._copy_once(source, target)
         except (errors.UniqueViolation, errors.ExclusionViolation) as error:
             raise self._blocked(f"the constraint {error.diag.constraint_name}") from error
         except errors.DeadlockDetected as error:
             raise self._blocked("another transaction (deadlock)") from error
-        points.reach("batch.after_commit")
         return BatchDone(self.ordinal, self.interval, digest, time.monotonic() - started)
 
     def _copy_once(self, source: Connection, target: Connection) -> Digest:
@@ -109,13 +109,12 @@ class CopyBatch:
             return recorded
         digest = self._carry(source, target)
         record_batch(target, self, digest)
-        points.reach("batch.before_commit")
         return digest
 
     def _carry(self, source: Connection, target: Connection) -> Digest:
         become_replica(target, self.move.id, [self.table])
         rows = rows_of(self.move, self.table, self.interval)
-        with snapshot(source):
+        with effects.snapshot(source):
             sent = relay(source, rows, target, copy_in(self.table))
         make_durable(source)
         points.reach("batch.before_compare")

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from shardmove.domain.digests import Digest
 from shardmove.domain.moves import Move
+from shardmove.postgres import effects
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval
 from shardmove.protocol.catch_up import digest_of
 from workers.connections import Connections
 from workers.copy import rows_of
-from workers.tasks import snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,5 +28,5 @@ class DigestInterval:
     def run(self, connections: Connections) -> Digest:
         """Raises psycopg.Error; also where the exported snapshot is gone. Reads only."""
         connection = connections.get(self.dsn, self.move.id)
-        with snapshot(connection, self.snapshot):
+        with effects.snapshot(connection, self.snapshot):
             return digest_of(connection, rows_of(self.move, self.table, self.interval))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from shardmove.domain import points
 from shardmove.domain.moves import Move
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.locks import GIVE_WAY
@@ -52,7 +53,7 @@ class EraseBatch:
         return sum(self._erase(connection, piece) for piece in pieces)
 
     def _erase(self, connection: Connection, piece: Interval) -> int:
-        with connection.transaction():
+        with effects.writing(connection, Effect.ERASE):
             connection.execute(GIVE_WAY)
             fence.check_erasable(connection, self.move.id, self.lease_number)
             drift.check_identity(connection, self.shard, self.move.identities)
@@ -61,8 +62,6 @@ class EraseBatch:
             is_last = piece[1] == self.interval[1]
             if is_last and self.drop_record:
                 drop_record(connection, self.move.id, self.ordinal, self.interval)
-            points.reach("erase.before_commit")
-        points.reach("erase.after_commit")
         return deleted
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from multiprocess.connection import wait
 from multiprocess.process import parent_process
 
+from shardmove import faults
 from shardmove.domain.errors import Failed, ShardmoveError
 from workers.connections import Connections
 from workers.tasks import Task, run
@@ -37,6 +38,7 @@ class Reply:
 def serve(pipe: Any) -> None:
     """Runs tasks until the pipe ends. Ctrl-C goes to the whole process group: the coordinator decides, not we."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faults.arm_as_ordered("worker")
     threading.Thread(target=_end_with_the_coordinator, name="leash", daemon=True).start()
     with Connections() as connections:
         while True:

@@ -5,15 +5,12 @@ Every task is safe to repeat, as often as wanted: executors run a task again whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import psycopg
-from psycopg import sql
 
 from shardmove.domain.errors import Failed
-from shardmove.postgres.connect import Connection, explain, translated
+from shardmove.postgres.connect import explain, translated
 from workers.connections import Connections
 
 Result = TypeVar("Result", covariant=True)
@@ -36,13 +33,3 @@ def run(task: Task[Result], connections: Connections) -> Result:
             return task.run(connections)
     except psycopg.Error as error:
         raise Failed(f"{type(task).__name__}: {explain(error)}") from error
-
-
-@contextmanager
-def snapshot(connection: Connection, exported: str | None = None) -> Iterator[None]:
-    """A REPEATABLE READ READ ONLY transaction, at an exported snapshot where one is given."""
-    with connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        if exported is not None:
-            connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(exported)))
-        yield

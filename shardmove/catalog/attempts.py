@@ -15,9 +15,9 @@ from psycopg.types.json import Jsonb
 
 from shardmove.catalog.moves import Moves
 from shardmove.catalog.routes import as_json, retried
-from shardmove.domain import points
 from shardmove.domain.errors import IllegalTransition, NotFound
 from shardmove.domain.moves import Attempt, Direction, Move, Outcome, State, check_transition
+from shardmove.domain.points import Effect
 from shardmove.domain.routes import Routes
 
 _EDGES: Mapping[Direction, tuple[State, State]] = {
@@ -63,12 +63,11 @@ class Attempts(Moves):
         Raises LeaseLost, IllegalTransition (the state does not allow the direction), Refused (one is open already),
         EpochConflict; nothing is changed then. After Unreachable: settle what `open_attempts()` shows.
         """
-        points.reach("catalog.before_open_attempt")
-        number = self._value(
+        number = self._changed(
+            Effect.OPEN_ATTEMPT,
             "SELECT shardmove_catalog.open_attempt(%s, %s, %s, %s, %s)",
             (move_id, lease_number, direction.value, base_epoch, as_json(hold)),
         )
-        points.reach("catalog.after_open_attempt")
         self._published()
         return Attempt(move_id, int(number), direction, Outcome.OPEN)
 
@@ -97,8 +96,8 @@ class Attempts(Moves):
             raise IllegalTransition(
                 f"an attempt of move {attempt.move_id} to go {attempt.direction} cannot turn {before} into {after}"
             )
-        points.reach("catalog.before_flip")
-        epoch = self._value(
+        epoch = self._changed(
+            Effect.FLIP,
             "SELECT shardmove_catalog.flip(%s, %s, %s, %s, %s, %s, %s, %s)",
             (
                 attempt.move_id,
@@ -111,7 +110,6 @@ class Attempts(Moves):
                 as_json(routes),
             ),
         )
-        points.reach("catalog.after_flip")
         self._published()
         return int(epoch)
 
@@ -122,12 +120,11 @@ class Attempts(Moves):
         stays as it is, and nothing is published. Raises EpochConflict, NotFound; nothing is changed then. Safe to
         repeat.
         """
-        points.reach("catalog.before_abandon")
-        outcome = self._value(
+        outcome = self._changed(
+            Effect.ABANDON,
             "SELECT shardmove_catalog.abandon(%s, %s, %s, %s, %s)",
             (move_id, number, reason, base_epoch, as_json(routes)),
         )
-        points.reach("catalog.after_abandon")
         self._published()
         return Outcome(outcome)
 
@@ -177,5 +174,5 @@ class Attempts(Moves):
         query: LiteralString = (
             "UPDATE shardmove_catalog.attempt SET stall_ms = %s WHERE move_id = %s AND number = %s RETURNING number"
         )
-        if self._value(query, (stall_ms, move_id, number)) is None:
+        if self._changed(Effect.RECORD_STALL, query, (stall_ms, move_id, number)) is None:
             raise NotFound(f"move {move_id} has no attempt {number}")

@@ -10,6 +10,7 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from shardmove.catalog.session import Session, translated
+from shardmove.domain.points import Effect
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Events(Session):
     def record(self, kind: str, move_id: str | None = None, plan_id: str | None = None, **detail: object) -> int:
         """Adds an event and returns its id. Not safe to repeat: a second call is a second event."""
         query = "SELECT shardmove_catalog.add_event(%s, %s, %s, %s)"
-        return int(self._value(query, (kind, move_id, plan_id, Jsonb(detail))))
+        return int(self._changed(Effect.RECORD_EVENT, query, (kind, move_id, plan_id, Jsonb(detail))))
 
     def events(self, move_id: str | None = None, after_id: int = 0, limit: int = 1000) -> list[Event]:
         """Events above `after_id`, ascending; of one move, or of all."""

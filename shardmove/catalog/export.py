@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shardmove.domain import points
+from shardmove.domain.points import Effect
 from shardmove.domain.routes import RouteTable
 
 
@@ -73,7 +75,8 @@ def _replace(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        with points.around(Effect.EXPORT_ROUTES):
+            os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise

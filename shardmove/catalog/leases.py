@@ -18,7 +18,9 @@ from typing import LiteralString, Self
 
 from shardmove.catalog.attempts import Attempts
 from shardmove.catalog.session import Session
+from shardmove.domain import points
 from shardmove.domain.errors import Failed, LeaseHeld, LeaseLost, ShardmoveError
+from shardmove.domain.points import Effect
 
 TAKEOVERS_MAX = 5
 """How many silent holders one acquisition ends before it gives up: the others are competing for the same lease."""
@@ -57,7 +59,7 @@ class LeaseSession(Session):
     def take(self, move_id: str, name: str) -> int | None:
         """The new number; None where another session has the lock. Raises NotFound."""
         query = "SELECT * FROM shardmove_catalog.take_lease(%s, %s, %s, %s)"
-        number = self._value(query, (move_id, name, socket.gethostname(), os.getpid()))
+        number = self._changed(Effect.TAKE_LEASE, query, (move_id, name, socket.gethostname(), os.getpid()))
         return None if number is None else int(number)
 
     def holder(self, move_id: str) -> Holder | None:
@@ -66,17 +68,20 @@ class LeaseSession(Session):
 
     def terminate(self, holder: Holder) -> None:
         """Ends the holder's backend, if it is that backend still, and waits until it is gone."""
-        self._rows(
-            "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s",
-            (TERMINATION_WAIT_MS, holder.backend_pid, holder.backend_start),
-        )
+        with points.around(Effect.END_HOLDER):
+            self._rows(
+                "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s",
+                (TERMINATION_WAIT_MS, holder.backend_pid, holder.backend_start),
+            )
 
     def beat(self, move_id: str, number: int) -> None:
-        self._rows("SELECT shardmove_catalog.beat(%s, %s)", (move_id, number))
+        self._changed(Effect.BEAT, "SELECT shardmove_catalog.beat(%s, %s)", (move_id, number))
 
     def give_back(self, move_id: str, number: int) -> None:
-        self._rows(
-            "UPDATE shardmove_catalog.lease SET holder = NULL WHERE move_id = %s AND number = %s", (move_id, number)
+        self._changed(
+            Effect.GIVE_BACK,
+            "UPDATE shardmove_catalog.lease SET holder = NULL WHERE move_id = %s AND number = %s",
+            (move_id, number),
         )
 
 

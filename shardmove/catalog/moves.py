@@ -12,10 +12,10 @@ from psycopg.types.json import Jsonb
 
 from shardmove.catalog.routes import as_json
 from shardmove.catalog.shape import Shape, as_keyspace, close_to
-from shardmove.domain import points
 from shardmove.domain.errors import ConfigurationError, IllegalTransition, NotFound
 from shardmove.domain.keys import KeyRange, ascending
 from shardmove.domain.moves import Move, ServerIdentity, State, check_transition
+from shardmove.domain.points import Effect
 from shardmove.domain.routes import Routes
 
 
@@ -84,7 +84,7 @@ class Moves(Shape):
             for move in moves
         ]
         query = "SELECT shardmove_catalog.create_plan(%s, %s, %s)"
-        return self.plan(str(self._value(query, (kind, description, Jsonb(document)))))
+        return self.plan(str(self._changed(Effect.PLAN, query, (kind, description, Jsonb(document)))))
 
     def plans(self) -> list[Plan]:
         """In the order in which they were made."""
@@ -151,23 +151,24 @@ class Moves(Shape):
         if {before, after} == _OWNERSHIP:
             raise IllegalTransition(f"move {move_id} goes from {before} to {after} by a cutover attempt's flip only")
         base, document = (None, None) if routes is None else (routes[1], as_json(routes[0]))
-        points.reach("catalog.before_transition")
-        changed = self._value(
+        changed = self._changed(
+            Effect.TRANSITION,
             "SELECT shardmove_catalog.transition(%s, %s, %s, %s, %s, %s, %s)",
             (move_id, lease_number, before.value, after.value, Jsonb(dict(detail)), base, document),
         )
-        points.reach("catalog.after_transition")
         if changed and routes is not None:
             self._published()
         return bool(changed)
 
     def set_paused(self, move_id: str, paused: bool) -> None:
         """A mark that anyone may set. Safe to repeat; an event where it changed. Raises NotFound."""
-        self._rows("SELECT shardmove_catalog.set_paused(%s, %s)", (move_id, paused))
+        self._changed(Effect.SET_PAUSED, "SELECT shardmove_catalog.set_paused(%s, %s)", (move_id, paused))
 
     def set_error(self, move_id: str, error: str | None, lease_number: int) -> None:
         """Why the move cannot go on; None once it can. Every transition clears it too. Raises LeaseLost."""
-        self._rows("SELECT shardmove_catalog.set_error(%s, %s, %s)", (move_id, lease_number, error))
+        self._changed(
+            Effect.SET_ERROR, "SELECT shardmove_catalog.set_error(%s, %s, %s)", (move_id, lease_number, error)
+        )
 
     def set_identities(self, move_id: str, identities: Mapping[str, ServerIdentity], lease_number: int) -> None:
         """Which servers the move began with, by shard; replaces what was there. Raises LeaseLost."""
@@ -175,15 +176,21 @@ class Moves(Shape):
             shard: {"system_identifier": identity.system_identifier, "timeline": identity.timeline}
             for shard, identity in identities.items()
         }
-        self._rows("SELECT shardmove_catalog.set_identities(%s, %s, %s)", (move_id, lease_number, Jsonb(document)))
+        self._changed(
+            Effect.SET_IDENTITIES,
+            "SELECT shardmove_catalog.set_identities(%s, %s, %s)",
+            (move_id, lease_number, Jsonb(document)),
+        )
 
     def set_stats(self, move_id: str, stats: Mapping[str, object], lease_number: int) -> None:
         """Sets the counters that are named; others keep their values. Raises LeaseLost."""
-        self._rows("SELECT shardmove_catalog.set_stats(%s, %s, %s)", (move_id, lease_number, Jsonb(dict(stats))))
+        query = "SELECT shardmove_catalog.set_stats(%s, %s, %s)"
+        self._changed(Effect.SET_STATS, query, (move_id, lease_number, Jsonb(dict(stats))))
 
     def mark_attended(self, move_id: str, at: datetime) -> None:
         """An attendant was here; for `status` alone, so anyone may, without a lease. Safe to repeat."""
-        self._rows(
+        self._changed(
+            Effect.SET_ATTENDED,
             "UPDATE shardmove_catalog.move SET stats = stats || jsonb_build_object('attended_at', %s::text)"
             " WHERE id = %s",
             (at.isoformat(), move_id),

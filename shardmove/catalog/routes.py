@@ -11,9 +11,9 @@ from psycopg.types.json import Jsonb
 
 from shardmove.catalog.events import Events
 from shardmove.catalog.export import export_routes
-from shardmove.domain import points
 from shardmove.domain.errors import EpochConflict, ShardmoveError
 from shardmove.domain.keys import KeyType
+from shardmove.domain.points import Effect
 from shardmove.domain.routes import Route, Routes, RouteTable
 
 T = TypeVar("T")
@@ -53,9 +53,8 @@ class RouteTables(Events):
         Raises EpochConflict where the newest epoch is not `base` any more; nothing is published then. After
         Unreachable the epoch may or may not be published: read the routes.
         """
-        points.reach("catalog.before_publish")
-        epoch = int(self._value("SELECT shardmove_catalog.publish(%s, %s, %s)", (base, reason, as_json(routes))))
-        points.reach("catalog.after_publish")
+        query = "SELECT shardmove_catalog.publish(%s, %s, %s)"
+        epoch = int(self._changed(Effect.PUBLISH, query, (base, reason, as_json(routes))))
         self._published()
         return epoch
 

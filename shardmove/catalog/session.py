@@ -1,6 +1,6 @@
 """One connection to the catalog's database: its settings, and its errors in the house's words.
 
-Every effect is one function call in autocommit mode, so a session carries no state between calls: a connection that
+Every effect is one function call and one message, so a session carries no state between calls: a connection that
 died is replaced at the next call.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, LiteralString, Self, TypeAlias
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
 
 from shardmove.catalog import upgrade
@@ -28,7 +29,9 @@ from shardmove.domain.errors import (
     ShardmoveError,
     Unreachable,
 )
+from shardmove.domain.points import Effect
 from shardmove.postgres import connect as postgres
+from shardmove.postgres import effects
 
 Connection: TypeAlias = psycopg.Connection[TupleRow]
 Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
@@ -156,8 +159,21 @@ class Session:
         rows = self._rows(query, parameters)
         return rows[0][0] if rows else None
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _changed(self, effect: Effect, query: LiteralString, parameters: Parameters = ()) -> Any:
+        """Runs one statement that writes: a transaction of its own, or a part of the one that is open.
+
+        The first column of the first row that it returns; None where there is none.
+        """
         connection = self._connected()
-        with translated(connection), connection.transaction():
+        if connection.info.transaction_status == TransactionStatus.INTRANS:
+            return self._value(query, parameters)
+        with translated(connection):
+            cursor = effects.once(connection, effect, query, parameters)
+            row = cursor.fetchone() if cursor.description else None
+            return None if row is None else row[0]
+
+    @contextmanager
+    def _transaction(self, effect: Effect) -> Iterator[None]:
+        connection = self._connected()
+        with translated(connection), effects.writing(connection, effect):
             yield

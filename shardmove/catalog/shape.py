@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from shardmove.catalog.routes import RouteTables, as_json
 from shardmove.catalog.session import without_secrets
 from shardmove.config import Config
-from shardmove.domain import points
 from shardmove.domain.errors import NotFound, Refused
 from shardmove.domain.keys import KeyType
 from shardmove.domain.moves import Keyspace, Scheme, TableName
+from shardmove.domain.points import Effect
 
 
 class Shape(RouteTables):
@@ -44,8 +44,7 @@ class Shape(RouteTables):
         to drop ever had a move, a keyspace's key type or scheme differs, or the tables differ while it has unfinished
         moves. Safe to repeat.
         """
-        points.reach("catalog.before_apply")
-        with self._transaction():
+        with self._transaction(Effect.APPLY):
             # Whoever publishes or makes a plan waits for this row: what is read below stays true until the commit.
             base = self._value("SELECT epoch FROM shardmove_catalog.cluster FOR NO KEY UPDATE")
             present = self.keyspaces()
@@ -58,7 +57,6 @@ class Shape(RouteTables):
             ]
             if changes:
                 self.record("applied", changes=changes)
-        points.reach("catalog.after_apply")
         if changes:
             self._published()
         return changes

@@ -10,6 +10,7 @@ from shardmove.catalog.leases import Leases
 from shardmove.catalog.session import connect, translated
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import ServerIdentity
+from shardmove.domain.points import Effect
 from shardmove.postgres.identity import identity
 
 
@@ -45,7 +46,7 @@ class Catalog(Leases):
 
     def uninstall(self) -> None:
         """Drops the schema and closes. Raises Refused, and drops nothing, while a move is unfinished."""
-        with self._transaction():
+        with self._transaction(Effect.UNINSTALL_CATALOG):
             self._rows("LOCK TABLE shardmove_catalog.move IN ACCESS EXCLUSIVE MODE")
             unfinished = [move.id for move in self.moves(unfinished_only=True)]
             if unfinished:

@@ -16,6 +16,8 @@ import psycopg
 
 from shardmove import __version__
 from shardmove.domain.errors import ConfigurationError, Refused
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 
 Connection: TypeAlias = psycopg.Connection[Any]
 
@@ -110,7 +112,7 @@ def _alone(connection: Connection) -> Iterator[None]:
 
 
 def _prepare(connection: Connection) -> None:
-    with connection.transaction():
+    with effects.writing(connection, Effect.UPGRADE_CATALOG):
         connection.execute("CREATE SCHEMA IF NOT EXISTS shardmove_catalog")
         connection.execute(
             """CREATE TABLE IF NOT EXISTS shardmove_catalog.upgrade_hook (
@@ -122,7 +124,7 @@ def _prepare(connection: Connection) -> None:
 
 
 def _run(connection: Connection, hook: Hook) -> None:
-    with connection.transaction():
+    with effects.writing(connection, Effect.UPGRADE_CATALOG):
         if not hook.online:
             _refuse_unfinished(connection, hook)
         hook.function(connection)

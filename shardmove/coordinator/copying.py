@@ -18,7 +18,7 @@ from shardmove.domain import points
 from shardmove.domain.errors import Failed
 from shardmove.domain.moves import Direction, State
 from shardmove.postgres.introspect import Table, estimate_rows, size_bytes
-from shardmove.protocol import fence
+from shardmove.protocol import drift, fence
 from shardmove.protocol.catch_up import in_move
 from shardmove.protocol.gate import islands
 from workers.copy import BatchBlocked, BatchDone, CopyBatch
@@ -35,14 +35,20 @@ def copy(hold: Hold) -> None:
         Interrupted, LeaseLost, Failed, …: committed batches stay; the same step goes on from them.
     """
     accept_drift(hold)  # everything is compared after the copy anyway
+    copy_missing(hold)
+    hold.tell_stats()
+    hold.transition(State.VERIFYING)
+
+
+def copy_missing(hold: Hold) -> None:
+    """Copies what the target has no record of, then marks it whole. Raises as `copy`."""
     _load_counters(hold)
     with mirror_beside(hold, Direction.FORWARD) as mirror:
         _Copying(hold, mirror).run()
     creating.finish(hold)
+    # A target that was promoted since the last batch may lack some: not whole, whatever the workers were told.
+    drift.check_identity(hold.target, hold.move.target, hold.move.identities)
     fence.set_whole(hold.target, hold.move.id, lease_number=hold.lease.number)
-    points.reach("copying.after_whole")
-    hold.tell_stats()
-    hold.transition(State.VERIFYING)
 
 
 def mirror_beside(hold: Hold, direction: Direction) -> MirrorThread:

@@ -14,9 +14,10 @@ from psycopg import errors
 from shardmove.coordinator import schema_copy
 from shardmove.coordinator.hold import Hold
 from shardmove.coordinator.schema_copy import Script
-from shardmove.domain import points
 from shardmove.domain.errors import Failed, Refused
 from shardmove.domain.moves import Direction, State
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, explain
 from shardmove.postgres.introspect import describe_all, plain_tables
 from shardmove.protocol import drift, fence, objects, parts, replica
@@ -40,13 +41,12 @@ def create_missing(hold: Hold) -> None:
     _require_replica(hold, script)
     objects.install_schema(target, hold.catalog.cluster_id())
     fence.raise_number(target, hold.move.id, hold.lease.number)
-    with target.transaction():
+    with effects.writing(target, Effect.CREATE_TABLES):
         parts.hold_lease(target, hold.move.id, hold.lease.number)
         schema_copy.create(target, script.now)
         first = _last_number(target, hold.move.id) + 1
         for number, statement in enumerate(script.later, first):
             target.execute("INSERT INTO shardmove.later VALUES (%s, %s, %s)", (hold.move.id, number, statement))
-        points.reach("creating.before_commit")
     hold.catalog.record("schema_created", hold.move.id, shard=hold.move.target)
 
 
@@ -138,11 +138,10 @@ def _catch_up(hold: Hold) -> None:
 
 def _run(hold: Hold, number: int, statement: str) -> None:
     target, move_id = hold.target, hold.move.id
-    with target.transaction():
+    with effects.writing(target, Effect.CREATE_LATER):
         timeout = f"{hold.config.limits.ddl_lock_timeout_ms}ms"
         target.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (timeout,))
         parts.hold_lease(target, move_id, hold.lease.number)
         target.execute(statement.encode(), prepare=False)
         target.execute("DELETE FROM shardmove.later WHERE move_id = %s AND number = %s", (move_id, number))
         drift.record_fingerprint(target, move_id, hold.tables, lease_number=hold.lease.number)
-        points.reach("creating.before_later_commit")

@@ -47,6 +47,7 @@ from shardmove.domain.errors import (
 )
 from shardmove.domain.moves import Attempt, Direction, Outcome, State
 from shardmove.domain.routes import Routes, RouteTable
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, connect, explain
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import table as relation
@@ -228,7 +229,7 @@ class _Crossing:
                 name = fence.application_name(self.hold.move.id)
                 connection = connect(self.hold.config.shard_dsn(shard), application_name=name)
                 stack.callback(connection.close)
-                connection.execute("BEGIN")
+                effects.begin(connection)
                 try:
                     lock_tables(connection, self.hold.tables, lock_timeout_ms=self.limits.ddl_lock_timeout_ms)
                 except errors.LockNotAvailable:
@@ -326,7 +327,6 @@ class _Crossing:
 
         retried(once)
         self.attempt_ = Attempt(self.hold.move.id, self._number, self.direction, Outcome.FLIPPED)
-        points.reach("cutover.after_flip")
 
     def _open_receiver(self) -> None:
         connection = self.hold.connection(self.receiver)

@@ -8,6 +8,8 @@ from shardmove.coordinator.checks.schema import SCHEMA
 from shardmove.coordinator.checks.site import Note, Site
 from shardmove.coordinator.hold import Hold
 from shardmove.domain.errors import Refused
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.introspect import Table, describe_both
 from shardmove.protocol import drift, objects, parts, triggers
 
@@ -39,7 +41,7 @@ def accept_drift(hold: Hold) -> None:
         connection = hold.connection(shard)
         part = parts.Part(hold.move, tables, is_source=shard == hold.move.source)
         triggers.install_triggers(connection, part, hold.patience, lease_number=hold.lease.number)
-        with connection.transaction():
+        with effects.writing(connection, Effect.ACCEPT_DRIFT):
             parts.hold_lease(connection, hold.move.id, hold.lease.number)
             objects.update_tables(connection, hold.move.id, tables)
             drift.record_fingerprint(connection, hold.move.id, tables, lease_number=hold.lease.number)

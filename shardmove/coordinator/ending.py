@@ -152,7 +152,6 @@ def _reverse_deletes(hold: Hold) -> None:
     if not objects.has_schema(hold.target) or fence.read(hold.target, hold.move.id) is None:
         return
     _erase(hold, hold.move.target, list(_recorded(hold)), drop_record=True)
-    points.reach("ending.after_reverse_deletes")
 
 
 def _recorded(hold: Hold) -> Iterator[tuple[int, Table, Interval]]:

@@ -9,7 +9,9 @@ from shardmove.coordinator.hold import Hold, raise_number
 from shardmove.domain import points
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import CATALOG, State
+from shardmove.domain.points import Effect
 from shardmove.domain.routes import Routes
+from shardmove.postgres import effects
 from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import describe_both
 from shardmove.protocol import drift, objects, parts, sequences, triggers
@@ -42,14 +44,14 @@ def initialize(hold: Hold) -> None:
         points.reach("initializing.before_objects")
         objects.install_move(connection, part, lease_number=hold.lease.number)
         triggers.install_triggers(connection, part, hold.patience, lease_number=hold.lease.number)
-        drift.record_fingerprint(connection, hold.move.id, described, lease_number=hold.lease.number)
+        with effects.writing(connection, Effect.RECORD_FINGERPRINT):
+            drift.record_fingerprint(connection, hold.move.id, described, lease_number=hold.lease.number)
         hold.check()
     hold.tables = described
     require_empty_target(hold)
     references.copy_missing(hold)
     references.require_equal(hold)
     sequences.advance(hold.target, hold.source, hold.tables, margin=hold.config.limits.sequence_margin)
-    points.reach("initializing.after_armed")
     hold.transition(State.COPYING, routes=lambda routes: marked(hold, routes))
 
 

@@ -21,6 +21,7 @@ from shardmove.coordinator.checks.surroundings import SURROUNDINGS
 from shardmove.coordinator.hold import Hold
 from shardmove.domain.errors import Refused, ShardmoveError
 from shardmove.domain.moves import Direction, Move, Standing, State
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, explain, is_unreachable
 from shardmove.postgres.introspect import Table
 from shardmove.protocol import drift, fence, kept, ownership, parts, triggers
@@ -159,12 +160,12 @@ def try_way_back(
 
     Raises psycopg.Error; LockNotAvailable where DDL is under way. Changes nothing.
     """
-    with giver.transaction(force_rollback=True):
+    with effects.trying(giver):
         giver.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
         become_replica(giver, move.id, tables)
         for table in tables:
             giver.execute(sql.SQL("DELETE FROM {} WHERE false").format(table.rows))
             giver.execute(sql.SQL("SELECT FROM {} WHERE false").format(table.rows))
-    with receiver.transaction(force_rollback=True):
+    with effects.trying(receiver):
         for ordinal, _ in enumerate(tables, 1):
             receiver.execute(sql.SQL("DELETE FROM {} WHERE false").format(parts.journal(move.id, ordinal)))

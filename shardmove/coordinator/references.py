@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from psycopg import sql
 
 from shardmove.coordinator.hold import Hold
-from shardmove.domain import points
 from shardmove.domain.errors import DifferencesFound, Failed
 from shardmove.domain.moves import TableName
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table, stored_columns
 from shardmove.postgres.sql import names
@@ -78,7 +79,7 @@ def _is_empty(connection: Connection, table: Table) -> bool:
 
 def _copy(hold: Hold, table: Table) -> None:
     rows = _rows(table)
-    with hold.target.transaction():
+    with effects.writing(hold.target, Effect.FILL_REFERENCE):
         timeout = f"{hold.config.limits.ddl_lock_timeout_ms}ms"
         hold.target.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (timeout,))
         hold.target.execute(sql.SQL("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE").format(table.rows))
@@ -88,7 +89,6 @@ def _copy(hold: Hold, table: Table) -> None:
         sent = relay(hold.source, rows, hold.target, copy_in(table))
         if digest_of(hold.target, rows) != sent:
             raise Failed(f"move {hold.move.id}: {hold.move.target} stores other rows of {table.name} than it was sent")
-        points.reach("references.before_commit")
 
 
 def _rows(table: Table) -> sql.Composed:

@@ -38,6 +38,7 @@ from psycopg import errors, sql
 
 from shardmove.domain.errors import NotFound, Refused
 from shardmove.domain.moves import TableName
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, connect, explain, is_unreachable, translated
 from shardmove.postgres.dump import Entry, Object, find_tools
 
@@ -98,21 +99,20 @@ def script(source_dsn: str, target: Connection, tables: Iterable[TableName]) -> 
 @contextmanager
 def _snapshot(dsn: str) -> Iterator[tuple[Connection, str]]:
     """One snapshot for our questions and for pg_dump: the object ids that we choose by are those that it writes."""
-    with connect(dsn, application_name=APPLICATION_NAME) as connection, connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    with connect(dsn, application_name=APPLICATION_NAME) as connection, effects.snapshot(connection):
         row = connection.execute("SELECT pg_catalog.pg_export_snapshot()").fetchone()
         assert row is not None
         yield connection, row[0]
 
 
 def create(target: Connection, statements: Sequence[str]) -> None:
-    """Runs `Script.now` in one transaction: afterwards all of it is there, or nothing is.
+    """Runs `Script.now` in the transaction that is open: with its commit all of it is there.
 
     Raises:
         Refused: the target's server would not; the message holds the beginning of the statement.
-        Unreachable: the connection was lost, and with it the transaction, or the answer to its COMMIT.
+        Unreachable: the connection was lost, and with it the transaction.
     """
-    with translated("creating the target's tables"), target.transaction():
+    with translated("creating the target's tables"):
         # A function may name a table that is made after it.
         target.execute("SET LOCAL check_function_bodies = off")
         for statement in statements:

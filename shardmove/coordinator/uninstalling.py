@@ -17,6 +17,8 @@ from shardmove.config import Config
 from shardmove.coordinator.steps import Step, perform, pretend
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import TableName
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, connect, translated
 from shardmove.postgres.locks import Patience, change_table
 from shardmove.protocol import objects
@@ -144,8 +146,9 @@ def _drop_triggers(connection: Connection, table: TableName, triggers: Sequence[
                 )
             )
 
-    change_table(connection, table, drop, patience=patience, readers_block=True)
+    change_table(connection, table, Effect.UNINSTALL_TABLE, drop, patience=patience, readers_block=True)
 
 
 def _drop_schema(connection: Connection) -> None:
-    connection.execute("DROP SCHEMA shardmove CASCADE")
+    with effects.writing(connection, Effect.UNINSTALL_SHARD):
+        connection.execute("DROP SCHEMA shardmove CASCADE")

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from psycopg import sql
 
 from shardmove.coordinator import references
-from shardmove.coordinator.copying import mirror_beside
+from shardmove.coordinator.copying import copy_missing, mirror_beside
 from shardmove.coordinator.drifting import accept_drift, is_drifted
 from shardmove.coordinator.hold import Hold, settle_newest
 from shardmove.domain import points
 from shardmove.domain.errors import DifferencesFound, ServerChanged
-from shardmove.domain.moves import CATALOG, Direction, Standing, State
+from shardmove.domain.moves import CATALOG, MIRRORED, Attempt, Direction, Outcome, Standing, State
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import Table
 from shardmove.protocol import fence, parts
@@ -124,11 +126,11 @@ def mark_dirty(hold: Hold, tables: Sequence[TableComparison]) -> int:
         if not each.keys:
             continue
         names = sql.SQL(", ").join(sql.Identifier(column.name) for column in each.table.keyset)
-        owner.execute(
-            sql.SQL("INSERT INTO {} ({}) {}").format(
-                parts.journal(hold.move.id, ordinal), names, each.table.unnested(each.keys)
-            )
+        entries = sql.SQL("INSERT INTO {} ({}) {}").format(
+            parts.journal(hold.move.id, ordinal), names, each.table.unnested(each.keys)
         )
+        with effects.writing(owner, Effect.MARK_DIRTY):
+            owner.execute(entries)
         marked += len(each.keys)
     hold.catalog.record("repaired", hold.move.id, keys=marked)
     return marked
@@ -159,17 +161,20 @@ def accept_servers(hold: Hold) -> None:
     Does nothing where no server changed.
 
     Raises:
-        DifferencesFound: rows differ; nothing was opened. The owner's rows win with `verify --repair`.
-        ServerChanged: the shards know of a cutover that the catalog has forgotten.
+        DifferencesFound: rows differ; nothing was opened. The giver's rows win with `verify --repair`.
+        ServerChanged: the shards know of a cutover that the catalog has forgotten, or a shard has forgotten the move.
     """
     recorded = hold.move.identities
     present = {shard: identity(hold.connection(shard)) for shard in (hold.move.source, hold.move.target)}
     present[CATALOG] = hold.catalog.identity()
     if not recorded or all(recorded.get(name) == now for name, now in present.items()):
         return
+    _require_objects(hold)
     _require_no_later_attempt(hold)
     disregard_servers(hold)
+    _close_again(hold)
     if hold.move.state in (State.VERIFYING, State.READY, State.SWITCHED):
+        _copy_again(hold)
         require_equal(hold, compare_in_full(hold))
     hold.catalog.set_identities(hold.move.id, present, hold.lease.number)
     hold.catalog.record("servers_changed", hold.move.id)
@@ -188,10 +193,67 @@ def disregard_servers(hold: Hold) -> None:
 def flow_by_records(hold: Hold) -> Direction:
     """The way that rows flow by the shards' own records: into the side that is a mirror.
 
-    It differs from what the state says only between a flip and its being carried out.
+    It differs from what the state says only between a flip and its being carried out, and after a failover that undid
+    the opening of the new owner. Both are mirrors then, and who gave the range away has every row: nobody has written
+    to the other one by its own record, and it may lack the last rows that it was sent.
     """
-    row = fence.read(hold.source, hold.move.id)
-    return Direction.BACK if row is not None and row.standing == Standing.MIRROR else Direction.FORWARD
+    source, target = (
+        fence.read(hold.connection(shard), hold.move.id) for shard in (hold.move.source, hold.move.target)
+    )
+    if source is None or source.standing != Standing.MIRROR:
+        return Direction.FORWARD
+    if target is None or target.standing != Standing.MIRROR:
+        return Direction.BACK
+    flipped = _newest_flip(hold)
+    return Direction.BACK if flipped is None else flipped.direction
+
+
+def _newest_flip(hold: Hold) -> Attempt | None:
+    attempts = [record.attempt for record in hold.catalog.attempts(hold.move.id)]
+    return next((each for each in reversed(attempts) if each.outcome is Outcome.FLIPPED), None)
+
+
+def _close_again(hold: Hold) -> None:
+    """A former owner that forgot its closing would take writes beside the new one (I4): it follows the catalog again.
+
+    What was written there meanwhile is found by the comparison.
+    """
+    flipped = _newest_flip(hold)
+    if flipped is None:
+        return
+    connection = hold.connection(hold.move.giver(flipped.direction))
+    row = fence.read(connection, hold.move.id)
+    if row is None or row.standing != Standing.OWNER or row.attempt > flipped.number:
+        return
+    if row.attempt < flipped.number:
+        fence.close(
+            connection,
+            hold.move.id,
+            attempt=flipped.number,
+            lease_number=hold.lease.number,
+            lock_timeout_ms=max(1, hold.config.limits.max_stall_ms // 2),
+        )
+    fence.give_away(connection, hold.move.id, attempt=flipped.number)
+
+
+def _copy_again(hold: Hold) -> None:
+    """A target that lost records of batches lost their rows with them: they are copied as at the first time."""
+    row = fence.read(hold.target, hold.move.id)
+    if row is not None and not row.is_whole and flow_by_records(hold) is Direction.FORWARD:
+        copy_missing(hold)
+
+
+def _require_objects(hold: Hold) -> None:
+    """A server that is older than the move has journalled nothing: no comparison could go on from there."""
+    if hold.move.state not in MIRRORED:
+        return
+    for shard in (hold.move.source, hold.move.target):
+        if fence.read(hold.connection(shard), hold.move.id) is None:
+            raise ServerChanged(
+                f"move {hold.move.id}: {shard} has none of the move's objects: it has lost what came after its plan",
+                hint=f"bring its last state back, or `shardmove rollback {hold.move.id}` while {hold.move.source} owns"
+                " the range",
+            )
 
 
 def _require_no_later_attempt(hold: Hold) -> None:

@@ -45,7 +45,7 @@ PINNED = {
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",
     "default_transaction_isolation": "read committed",
-    "default_transaction_read_only": "off",
+    "default_transaction_read_only": "on",  # whoever writes says so, in effects.py
     "default_transaction_deferrable": "off",
     "jit": "off",
     "tcp_keepalives_idle": "10",
@@ -98,6 +98,7 @@ def connect(dsn: str, *, application_name: str) -> Connection:
     try:
         connection.execute(_PIN, (list(PINNED), list(PINNED.values())))
         connection.execute(_PIN_DURABILITY)
+        connection.read_only = False  # of the transactions that effects.py begins
     except psycopg.Error as error:
         connection.close()
         raise Unreachable(f"cannot prepare a session on {safe_dsn(dsn)}: {_first_line(error)}") from None

@@ -20,6 +20,8 @@ from psycopg import errors
 
 from shardmove.domain.errors import Failed
 from shardmove.domain.moves import TableName
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection
 
 
@@ -86,6 +88,7 @@ def in_the_way(
 def change_table(
     connection: Connection,
     name: TableName,
+    effect: Effect,
     change: Callable[[], None],
     *,
     patience: Patience,
@@ -101,7 +104,7 @@ def change_table(
     while True:
         long_s = patience.lock_timeout_ms / 1000
         blockers = in_the_way(connection, name, readers=readers_block, longer_than_s=long_s, givers_of_way=False)
-        if not blockers and _try(connection, change, patience.lock_timeout_ms):
+        if not blockers and _try(connection, effect, change, patience.lock_timeout_ms):
             return
         if time.monotonic() > deadline:
             blockers = in_the_way(connection, name, readers=readers_block, longer_than_s=long_s)
@@ -113,9 +116,9 @@ def change_table(
         pause.wait(min(0.5, patience.lock_timeout_ms / 1000 * 2))
 
 
-def _try(connection: Connection, change: Callable[[], None], lock_timeout_ms: int) -> bool:
+def _try(connection: Connection, effect: Effect, change: Callable[[], None], lock_timeout_ms: int) -> bool:
     try:
-        with connection.transaction():
+        with effects.writing(connection, effect):
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{GIVE_WAY_MS}ms",))
             connection.execute(_TAKE_WAY)
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))

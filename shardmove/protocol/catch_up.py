@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, LiteralString, TypeAlias
 
 import psycopg
 from psycopg import errors, sql
@@ -29,6 +29,8 @@ from shardmove.domain import points
 from shardmove.domain.digests import Digest, Hasher
 from shardmove.domain.errors import BatchMismatch, Failed
 from shardmove.domain.moves import Direction, Move
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, connect
 from shardmove.postgres.introspect import Table, table_sql
 from shardmove.postgres.sql import Position, in_ranges, names
@@ -186,14 +188,15 @@ class Mirror:
             carried = sum(len(positions) for positions in keys.values())
             if carried:
                 self._apply(keys)
-                points.reach("catch_up.before_flush")
                 self._flush_giver()
             at_snapshot()
-            points.reach("catch_up.before_receiver_commit")
-            self.receiver.execute("COMMIT" if carried else "ROLLBACK")  # nothing to make durable: no flush
-            points.reach("catch_up.between_commits")
-            self.giver.execute("COMMIT" if carried else "ROLLBACK")
-        points.reach("catch_up.after_giver_commit")
+            if carried:
+                effects.commit(self.receiver, Effect.CATCH_UP_RECEIVER)
+                effects.commit(self.giver, Effect.CATCH_UP_GIVER)
+            else:  # nothing to make durable: no flush
+                effects.roll_back(self.receiver)
+                effects.roll_back(self.giver)
+        points.reach("catch_up.after_pass")
         for ordinal, oldest in left.items():
             self.scan_from[ordinal] = xmin if oldest is None else min(xmin, oldest)
         return Pass(carried, all(oldest is None for oldest in left.values()), time.monotonic() - started, xmin)
@@ -267,7 +270,7 @@ def begin_receiver(mirror: Mirror) -> None:
     """The receiver's lock, its own record, and the gate, in this order."""
     move, receiver = mirror.move, mirror.receiver
     with receiver.pipeline():  # the statements go one by one; their answers are waited for together
-        receiver.execute("BEGIN")
+        effects.begin(receiver)
         receiver.execute(
             "SELECT pg_catalog.pg_advisory_xact_lock(mirror_key) FROM shardmove.fence WHERE move_id = %s", (move.id,)
         )
@@ -281,15 +284,15 @@ def begin_receiver(mirror: Mirror) -> None:
 def begin_giver(mirror: Mirror) -> None:
     """The snapshot that entries and rows are read at. REPEATABLE READ: the set of entries is the snapshot's."""
     giver_name = mirror.move.giver(mirror.direction)
-    mirror.giver.execute(giver_begin())
+    effects.begin(mirror.giver, giver_isolation())
     if not mirror.is_guarded:
         drift.check_identity(mirror.giver, giver_name, mirror.move.identities)
         drift.check_fingerprint(mirror.giver, mirror.move.id, mirror.tables, giver_name, seen=mirror.fingerprint_seen)
     points.reach("catch_up.after_giver_snapshot")
 
 
-def giver_begin() -> sql.SQL:
-    return sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ")
+def giver_isolation() -> LiteralString:
+    return "REPEATABLE READ"
 
 
 def _snapshot_xmin(connection: Connection) -> Rows:
@@ -399,7 +402,8 @@ def compare(sent: Digest, stored: Digest, move: Move, table: Table) -> None:
 def flush_log(mirror: Mirror) -> None:
     """Makes the giver's log durable up to the snapshot, before the receiver commits what was read from it."""
     if mirror.giver.info.server_version >= 170000:
-        mirror.giver.execute("SELECT pg_catalog.pg_logical_emit_message(false, 'shardmove', '', true)")
+        with points.around(Effect.MAKE_DURABLE):
+            mirror.giver.execute("SELECT pg_catalog.pg_logical_emit_message(false, 'shardmove', '', true)")
         return
     if mirror.flusher is None or mirror.flusher.closed:
         mirror.flusher = connect(mirror.giver_dsn, application_name=fence.application_name(mirror.move.id))
@@ -411,4 +415,5 @@ def make_durable(giver: Connection) -> None:
 
     A transaction that wrote to the log and commits synchronously takes all that is before it along.
     """
-    giver.execute("SELECT pg_catalog.pg_logical_emit_message(true, 'shardmove', '')")
+    with points.around(Effect.MAKE_DURABLE):
+        giver.execute("SELECT pg_catalog.pg_logical_emit_message(true, 'shardmove', '')")

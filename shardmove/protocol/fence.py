@@ -29,6 +29,8 @@ from psycopg.rows import class_row
 from shardmove.domain import points
 from shardmove.domain.errors import AttemptDecided, Failed, LeaseLost, MirrorRefused, Refused
 from shardmove.domain.moves import Standing
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection
 from shardmove.protocol.capture import CLOSED, OPEN
 from shardmove.protocol.objects import set_state
@@ -118,20 +120,21 @@ def raise_number(connection: Connection, move_id: str, lease_number: int, *, pat
         )
         return connection.execute("SELECT number FROM shardmove.lease WHERE move_id = %s", (move_id,)).fetchone()
 
-    newest = _past_holders(connection, move_id, raise_it, patience_s=patience_s)
+    newest = _past_holders(connection, move_id, Effect.RAISE_NUMBER, raise_it, patience_s=patience_s)
     if newest != (lease_number,):
         raise LeaseLost(f"move {move_id}: another coordinator has taken over (lease {lease_number} is not current)")
 
 
 def _end_holders(connection: Connection, move_id: str) -> None:
     # Only sessions of ours that work for this move: they carry its id in their application_name.
-    connection.execute(
-        "SELECT pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a"
-        " WHERE a.application_name = %s AND a.pid <> pg_catalog.pg_backend_pid() AND EXISTS"
-        " (SELECT FROM pg_catalog.pg_locks l WHERE l.pid = a.pid AND l.granted"
-        "  AND l.relation IN ('shardmove.fence'::regclass, 'shardmove.lease'::regclass))",
-        (application_name(move_id),),
-    )
+    with points.around(Effect.END_SESSIONS):
+        connection.execute(
+            "SELECT pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a"
+            " WHERE a.application_name = %s AND a.pid <> pg_catalog.pg_backend_pid() AND EXISTS"
+            " (SELECT FROM pg_catalog.pg_locks l WHERE l.pid = a.pid AND l.granted"
+            "  AND l.relation IN ('shardmove.fence'::regclass, 'shardmove.lease'::regclass))",
+            (application_name(move_id),),
+        )
 
 
 def application_name(move_id: str) -> str:
@@ -181,7 +184,7 @@ def close(connection: Connection, move_id: str, *, attempt: int, lease_number: i
         LeaseLost, AttemptDecided: the conditions do not hold any more. The fence is as it was.
     """
     try:
-        with connection.transaction():
+        with effects.writing(connection, Effect.CLOSE):
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
             # Writers wait for this transaction: where this process freezes in it, the server ends it.
             connection.execute(
@@ -198,12 +201,10 @@ def close(connection: Connection, move_id: str, *, attempt: int, lease_number: i
             if not closed:
                 raise _why_not_closed(connection, move_id, attempt, lease_number)
             set_state(connection, move_id, CLOSED)
-            points.reach("close.before_commit")
     except errors.LockNotAvailable:
         raise WriterInTheWay(
             f"move {move_id}: a transaction that wrote to the range did not end in {lock_timeout_ms} ms"
         ) from None
-    points.reach("close.after_commit")
 
 
 def lock_exclusively(connection: Connection, move_id: str) -> None:
@@ -236,17 +237,15 @@ def open_(connection: Connection, move_id: str, *, attempt: int) -> bool:
             (attempt, move_id, attempt),
         ).rowcount
         if opened:
-            points.reach("open.before_state")
             set_state(connection, move_id, OPEN)
-            points.reach("open.before_commit")
         return bool(opened)
 
-    opened = _past_holders(connection, move_id, open_it)
-    points.reach("open.after_commit")
-    return opened
+    return _past_holders(connection, move_id, Effect.OPEN, open_it)
 
 
-def _past_holders(connection: Connection, move_id: str, change: Callable[[], T], *, patience_s: float = 10.0) -> T:
+def _past_holders(
+    connection: Connection, move_id: str, effect: Effect, change: Callable[[], T], *, patience_s: float = 10.0
+) -> T:
     """Runs a change of the row in a transaction; ends sessions of ours that sit on it.
 
     Raises:
@@ -255,7 +254,7 @@ def _past_holders(connection: Connection, move_id: str, change: Callable[[], T],
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            with connection.transaction():
+            with effects.writing(connection, effect):
                 connection.execute("SELECT pg_catalog.set_config('lock_timeout', '500ms', true)")
                 return change()
         except errors.LockNotAvailable:
@@ -287,9 +286,7 @@ def give_away(connection: Connection, move_id: str, *, attempt: int) -> bool:
             ).rowcount
         )
 
-    given = _past_holders(connection, move_id, give)
-    points.reach("give_away.after_commit")
-    return given
+    return _past_holders(connection, move_id, Effect.GIVE_AWAY, give)
 
 
 def retire(connection: Connection, move_id: str, *, lease_number: int) -> None:
@@ -301,7 +298,7 @@ def retire(connection: Connection, move_id: str, *, lease_number: int) -> None:
         LeaseLost: the number is not ours. Nothing was changed.
         Refused: this side owns the range. Nothing was changed.
     """
-    with connection.transaction():
+    with effects.writing(connection, Effect.RETIRE):
         retired = connection.execute(
             "UPDATE shardmove.fence SET standing = 'retired'"
             " WHERE move_id = %s AND lease_number = %s AND NOT is_open AND standing <> 'owner'",
@@ -310,7 +307,6 @@ def retire(connection: Connection, move_id: str, *, lease_number: int) -> None:
         if not retired:
             check_lease(connection, move_id, lease_number)
             raise Refused(f"move {move_id}: this shard owns the range; nothing may be erased on it")
-    points.reach("retire.after_commit")
 
 
 def check_erasable(connection: Connection, move_id: str, lease_number: int) -> None:
@@ -344,7 +340,6 @@ def check_receiving(connection: Connection, move_id: str, giver: str) -> FenceRo
 
 def set_whole(connection: Connection, move_id: str, *, lease_number: int) -> None:
     """Every batch is committed here: the gate lets everything through from now on."""
-    with connection.transaction():
+    with effects.writing(connection, Effect.MARK_WHOLE):
         check_lease(connection, move_id, lease_number)
         connection.execute("UPDATE shardmove.fence SET is_whole = true WHERE move_id = %s", (move_id,))
-    points.reach("whole.after_commit")

@@ -10,7 +10,8 @@ from psycopg import sql
 from shardmove.domain import points
 from shardmove.domain.keys import KeyRange, merged, subtract
 from shardmove.domain.moves import Keyspace, Move
-from shardmove.postgres import locks
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects, locks
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table, plain_tables, table_sql
 from shardmove.protocol import parts
@@ -61,16 +62,15 @@ def keep_fence(
     """
     with changing(connection, move.keyspace):
         ranges = merged([*kept_ranges(connection, move.keyspace), *given])
-        points.reach("keep.before_fence")
+        points.reach("keep_fence.before_tables")
         for table in tables:
 
             def keep(table: Table = table) -> None:
                 parts.hold_lease(connection, move.id, lease_number)
                 set_triggers(connection, table, ranges, move.keyspace)
 
-            locks.change_table(connection, table.name, keep, patience=patience)
+            locks.change_table(connection, table.name, Effect.KEEP_FENCE, keep, patience=patience)
         record(connection, move.keyspace, ranges, move.id, lease_number)
-    points.reach("keep.after_fence")
 
 
 def bare_tables(connection: Connection, keyspace: Keyspace) -> list[Table]:
@@ -93,7 +93,7 @@ def extend(connection: Connection, keyspace: Keyspace, patience: locks.Patience)
             def keep(table: Table = table) -> None:
                 set_triggers(connection, table, ranges, keyspace)
 
-            locks.change_table(connection, table.name, keep, patience=patience)
+            locks.change_table(connection, table.name, Effect.KEEP_FENCE, keep, patience=patience)
     return bare
 
 
@@ -113,7 +113,7 @@ def record(
     connection: Connection, keyspace: Keyspace, ranges: Iterable[KeyRange], move_id: str, lease_number: int
 ) -> None:
     """Writes down which ranges are kept; what the triggers say is set before."""
-    with connection.transaction():
+    with effects.writing(connection, Effect.RECORD_KEPT):
         parts.hold_lease(connection, move_id, lease_number)
         connection.execute("DELETE FROM shardmove.kept WHERE keyspace = %s", (keyspace.name,))
         for range_ in ranges:

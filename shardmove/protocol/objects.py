@@ -11,7 +11,8 @@ from psycopg import sql
 from shardmove.domain import points
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import TableName
-from shardmove.postgres import locks
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects, locks
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import KeysetColumn, Table
 from shardmove.postgres.sql import type_name
@@ -31,7 +32,7 @@ def install_schema(connection: Connection, cluster_id: str) -> None:
     Raises:
         Refused: the shard belongs to another catalog, or was touched by a newer release. Nothing was changed.
     """
-    with connection.transaction():
+    with effects.writing(connection, Effect.INSTALL_SCHEMA):
         connection.execute(
             "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('shardmove schema', 0))"
         )
@@ -90,7 +91,7 @@ def install_move(connection: Connection, part: Part, *, lease_number: int) -> No
     anything. Raises LeaseLost.
     """
     move_id = part.move.id
-    with connection.transaction():
+    with effects.writing(connection, Effect.INSTALL):
         parts.hold_lease(connection, move_id, lease_number)
         made = connection.execute(
             "INSERT INTO shardmove.fence (move_id, keyspace, peer, standing, is_open, is_whole, lease_number,"
@@ -118,16 +119,15 @@ def install_move(connection: Connection, part: Part, *, lease_number: int) -> No
             _record_table(connection, move_id, ordinal, table)
             _create_journal(connection, move_id, ordinal, table)
             connection.execute(capture.capture_sql(connection, part, ordinal, table))
-    points.reach("install.after_objects")
 
 
 def set_state(connection: Connection, move_id: str, state: int) -> None:
     """Sets what writers see. It is not rolled back: set it after the fence row, in the same transaction."""
-    connection.execute(
-        sql.SQL("SELECT pg_catalog.setval({}::regclass, {})").format(
-            sql.Literal(f'shardmove."state_{move_id}"'), sql.Literal(state)
-        )
+    setting = sql.SQL("SELECT pg_catalog.setval({}::regclass, {})").format(
+        sql.Literal(f'shardmove."state_{move_id}"'), sql.Literal(state)
     )
+    with points.around(Effect.SET_STATE):
+        connection.execute(setting)
 
 
 def _record_table(connection: Connection, move_id: str, ordinal: int, table: Table) -> None:
@@ -212,7 +212,7 @@ def remove_move(connection: Connection, move_id: str, patience: locks.Patience, 
     if parts.has_ended(connection, move_id):
         return
     remove_triggers(connection, move_id, patience, lease_number=lease_number)
-    with connection.transaction():
+    with effects.writing(connection, Effect.REMOVE):
         parts.hold_lease(connection, move_id, lease_number)
         connection.execute("UPDATE shardmove.lease SET has_ended = true WHERE move_id = %s", (move_id,))
         for ordinal, _ in enumerate(load_tables(connection, move_id), 1):
@@ -225,4 +225,3 @@ def remove_move(connection: Connection, move_id: str, patience: locks.Patience, 
                     sql.Identifier("shardmove", owned), sql.Literal(move_id)
                 )
             )
-    points.reach("remove.after_objects")

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import LiteralString
 
-from shardmove.domain import points
 from shardmove.domain.errors import Failed, Refused
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table, oids, table_sql
 
@@ -97,8 +98,8 @@ def advance(receiver: Connection, giver: Connection, tables: Sequence[Table], *,
                 hint="[limits] sequence_margin, or a wider type of the column",
             )
         value = reach if received.increment > 0 else -reach
-        points.reach("sequences.before_set")
-        receiver.execute("SELECT pg_catalog.setval(%s::regclass, %s)", (received.name, value))
+        query: LiteralString = "SELECT pg_catalog.setval(%s::regclass, %s)"
+        effects.once(receiver, Effect.SET_SEQUENCE, query, (received.name, value))
         moved.append(received.name)
     return moved
 

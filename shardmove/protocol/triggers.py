@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from psycopg import sql
 
-from shardmove.domain import points
 from shardmove.domain.moves import Move, TableName
+from shardmove.domain.points import Effect
 from shardmove.postgres import locks
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table, table_sql
@@ -54,8 +54,7 @@ def _arm(connection: Connection, part: Part, patience: locks.Patience, lease_num
                 kept.set_triggers(connection, table, remainder, move.keyspace)
 
         drops = kept_is_there and not remainder
-        locks.change_table(connection, table.name, arm, patience=patience, readers_block=drops)
-        points.reach("install.after_triggers")
+        locks.change_table(connection, table.name, Effect.ARM, arm, patience=patience, readers_block=drops)
     kept.record(connection, move.keyspace, remainder, move.id, lease_number)
 
 
@@ -140,6 +139,5 @@ def _remove(
         for each in present:
             connection.execute(sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(each), relation(name)))
 
-    locks.change_table(connection, name, disarm, patience=patience)
-    locks.change_table(connection, name, drop, patience=patience, readers_block=True)
-    points.reach("remove.after_triggers")
+    locks.change_table(connection, name, Effect.DISARM, disarm, patience=patience)
+    locks.change_table(connection, name, Effect.DROP_TRIGGERS, drop, patience=patience, readers_block=True)

@@ -89,7 +89,7 @@ def _carry(site: RandomShop, writer: RandomWriter, move_id: str) -> None:
     for direction, owner in ((Direction.FORWARD, "s2"), (Direction.BACK, "s1"), (Direction.FORWARD, "s2")):
         site.with_hold(move_id, lambda held, direction=direction: cut_over(held, direction))
         writer.await_round(owner)
-    with _cut_off_at("erase.after_commit" if site.generated.stops else ""):
+    with _cut_off_at("erase.after" if site.generated.stops else ""):
         site.with_hold(move_id, ending.complete)
     site.with_hold(move_id, ending.complete)
     writer.await_round("s2")

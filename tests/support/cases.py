@@ -41,12 +41,11 @@ from shardmove.coordinator.run import run
 from shardmove.domain.errors import Refused, SchemaDrift
 from shardmove.domain.keys import Key, KeyRange, KeyType, key_text
 from shardmove.domain.moves import Direction, Keyspace, Scheme, State, TableName
-from shardmove.postgres.connect import connect
 from shardmove.postgres.embedded import Cluster
 from shardmove.postgres.sql import names
 from shardmove.postgres.sql import table as relation
 from shardmove.protocol import fence
-from tests.support.servers import OLD_SERVERS, Databases
+from tests.support.servers import OLD_SERVERS, Databases, connect
 from workers.executors import InlineExecutor
 
 KEYSPACE: Final = "shop"

@@ -12,12 +12,12 @@ import pytest
 
 from shardmove.domain.keys import KeyType
 from shardmove.domain.moves import Keyspace, Move, Scheme, State, TableName
-from shardmove.postgres.connect import Connection, connect
+from shardmove.postgres.connect import Connection
 from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import Table, describe_all
 from shardmove.postgres.locks import Patience
 from shardmove.protocol import drift, fence, objects, parts, triggers
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 
 PATIENCE: Final = Patience(lock_timeout_ms=500, total_s=20)
 LEASE: Final = 1

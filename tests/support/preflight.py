@@ -27,9 +27,8 @@ from shardmove.coordinator import planner, preflight
 from shardmove.coordinator.checks.site import Site
 from shardmove.coordinator.preflight import Line
 from shardmove.domain.moves import Move
-from shardmove.postgres.connect import connect
 from shardmove.protocol import fence
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 
 ORDERS: Final = "CREATE TABLE orders (tenant_id bigint, id bigint, note text, PRIMARY KEY (tenant_id, id))"
 

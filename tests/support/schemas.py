@@ -151,9 +151,9 @@ class _Builder:
         stops = tuple(
             stop
             for stop in (
-                self.rng.choice(("", "", "", "initializing.after_armed", "install.after_triggers")),
-                self.rng.choice(("", "batch.after_commit", "batch.before_commit", "copying.after_whole")),
-                self.rng.choice(("", "", "catch_up.between_commits", "catch_up.before_receiver_commit")),
+                self.rng.choice(("", "", "", "record_fingerprint.after", "arm.after")),
+                self.rng.choice(("", "batch.after", "batch.before", "mark_whole.after")),
+                self.rng.choice(("", "", "catch_up.receiver.after", "catch_up.receiver.before")),
                 self.rng.choice(("", "verifying.after_comparison")),
             )
             if stop

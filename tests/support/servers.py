@@ -12,6 +12,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from shardmove.postgres.connect import Connection
+from shardmove.postgres.connect import connect as connect_ours
 from shardmove.postgres.embedded import Cluster, Server
 
 SERVERS: Final = ("s1", "s2", "s3", "cat")
@@ -21,6 +23,13 @@ OLD_VARIABLE: Final = "SHARDMOVE_TEST_OLD_BIN"
 OLD_INSTALLED: Final = Path("/usr/lib/postgresql/15/bin")  # where Debian puts it
 
 _numbers = itertools.count(1)
+
+
+def connect(dsn: str, *, application_name: str) -> Connection:
+    """A session with the settings of ours, but for one: it may write without saying which effect that is."""
+    connection = connect_ours(dsn, application_name=application_name)
+    connection.execute("SET default_transaction_read_only = off")
+    return connection
 
 
 class Databases:

@@ -25,9 +25,10 @@ from shardmove.demo import check, ledger, shop
 from shardmove.demo.ledger import Image, Ledger, Outcome, Write
 from shardmove.domain import points
 from shardmove.domain.keys import KeyRange
-from shardmove.postgres.connect import Connection, connect
+from shardmove.postgres.connect import Connection
 from shardmove.protocol import fence
 from tests.support.engine import until
+from tests.support.servers import connect
 from tests.support.world import World
 
 BOUND_S: Final = 60.0

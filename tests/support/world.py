@@ -38,10 +38,10 @@ from shardmove.demo.check import check as check_ledger
 from shardmove.demo.writers import WriterFleet
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Direction, Move, State
-from shardmove.postgres.connect import Connection, connect
+from shardmove.postgres.connect import Connection
 from shardmove.protocol import objects
 from shardmove.protocol.catch_up import Mirror
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 from workers.executors import InlineExecutor
 
 TENANTS = range(40)

@@ -13,6 +13,7 @@ from shardmove.coordinator.checks.effects import TRIALS
 from shardmove.coordinator.checks.site import Checks, Problem, Site, on
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import State, TableName
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, explain
 from shardmove.postgres.introspect import Table, describe_both, plain_tables
 from shardmove.postgres.sql import names, type_name
@@ -248,7 +249,7 @@ def _try_rows(site: Site, table_: Table) -> Iterator[Problem]:
         names(table_.columns), table_.rows, in_move(site.move, table_), sql.Literal(TRIAL_ROWS), table_.copy_options
     )
     try:
-        with site.target.transaction(force_rollback=True), site.target.cursor() as writing:
+        with effects.trying(site.target), site.target.cursor() as writing:
             timeout = f"{site.limits.ddl_lock_timeout_ms}ms"
             site.target.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (timeout,))
             become_replica(site.target, site.move.id, [table_])

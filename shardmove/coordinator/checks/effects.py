@@ -12,6 +12,7 @@ from shardmove.coordinator.checks.asking import ask, gathered, shown
 from shardmove.coordinator.checks.site import Checks, Note, Problem, Site, on
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import TableName
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, explain
 from shardmove.postgres.introspect import Table
 from shardmove.protocol import objects
@@ -104,7 +105,7 @@ def _deletable(site: Site) -> Problem | None:
 def _try_deleting(site: Site, shard: str, connection: Connection) -> Iterator[Problem]:
     for schema, name, relation in ask(connection, site.move.keyspace.tables, _LEAVES):
         try:
-            with connection.transaction(force_rollback=True):
+            with effects.trying(connection):
                 patience = f"{site.limits.ddl_lock_timeout_ms}ms"
                 connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (patience,))
                 become_replica(connection, site.move.id, [Table(TableName(schema, name), "", (), (), binary=False)])
@@ -139,7 +140,7 @@ def _try_ddl(shard: str, connection: Connection) -> Iterator[Problem]:
     if not listed:
         return
     try:
-        with connection.transaction(force_rollback=True):
+        with effects.trying(connection):
             for statement in _OUR_DDL:
                 connection.execute(statement)
     except errors.InsufficientPrivilege:

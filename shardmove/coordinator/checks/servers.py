@@ -99,7 +99,7 @@ def _keeps_session(connection: Connection) -> bool:
     connection.execute("SELECT pg_catalog.set_config('shardmove.probe', %s, false)", (nonce,))
     connection.execute("SELECT pg_catalog.pg_advisory_lock(%s)", (key,))
     with connect(make_conninfo(connection.info.dsn, **password), application_name="shardmove probe") as other:
-        other.execute("BEGIN")
+        other.execute("BEGIN READ ONLY")
         other.execute("SELECT 1")
         row = connection.execute(
             "SELECT coalesce(pg_catalog.current_setting('shardmove.probe', true), '') = %s"
