@@ -92,7 +92,9 @@ class MirrorThread:
                 self._wake.wait(pause)
                 self._wake.clear()
         except psycopg.Error as error:
-            self._end(Failed(f"the mirror stopped: {explain(error)}"))
+            stopped = Failed(f"the mirror stopped: {explain(error)}")
+            stopped.__cause__ = error
+            self._end(stopped)
         except BaseException as error:
             self._end(error)
         finally:

@@ -6,14 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from psycopg import sql
+import psycopg
+from psycopg import errors, sql
 
 from shardmove.coordinator import references
 from shardmove.coordinator.copying import copy_missing, mirror_beside
 from shardmove.coordinator.drifting import accept_drift, is_drifted
 from shardmove.coordinator.hold import Hold, settle_newest
 from shardmove.domain import points
-from shardmove.domain.errors import DifferencesFound, ServerChanged
+from shardmove.domain.errors import DifferencesFound, Failed, ServerChanged
 from shardmove.domain.moves import CATALOG, MIRRORED, Attempt, Direction, Outcome, Standing, State
 from shardmove.domain.points import Effect
 from shardmove.postgres import effects
@@ -21,6 +22,9 @@ from shardmove.postgres.identity import identity
 from shardmove.postgres.introspect import Table
 from shardmove.protocol import fence, parts
 from shardmove.verify.comparison import Sides, TableComparison, compare
+
+COLLISIONS = (errors.UniqueViolation, errors.ExclusionViolation)
+BLOCKED_MAX = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +89,24 @@ def compare_in_full(hold: Hold, *, repair: bool = False) -> Verdict:
 
     With `repair`, keys that differ are marked dirty in the journal and carried anew, then everything is compared again:
     a repair is not a verification.
+
+    Raises:
+        DifferencesFound: rows that only the receiver has keep the mirror from carrying, and were not to be repaired.
+        whatever `compare` raises.
     """
-    repaired, found_before = 0, None
+    repaired, found_before, times_blocked = 0, None, 0
     while True:
-        verdict = _once(hold, repaired)
+        try:
+            verdict = _once(hold, repaired)
+        except (psycopg.Error, Failed) as error:
+            collision = next((each for each in (error, error.__cause__) if isinstance(each, COLLISIONS)), None)
+            if collision is None:
+                raise
+            times_blocked += 1
+            if not repair or times_blocked > BLOCKED_MAX:
+                raise _blocked(hold, collision) from error
+            repaired += mark_stale(hold)
+            continue
         found = sum(table.found for table in verdict.tables)
         is_hopeless = found_before is not None and found >= found_before
         if verdict.equal or not repair or is_hopeless:
@@ -99,15 +117,14 @@ def compare_in_full(hold: Hold, *, repair: bool = False) -> Verdict:
 
 def _once(hold: Hold, repaired: int) -> Verdict:
     started = time.monotonic()
-    direction = flow_by_records(hold)
-    sides = Sides(hold.move, direction, hold.tables, hold.dsn, lambda: hold.mirror(direction))
+    sides = _sides(hold)
     for table in hold.tables:
         hold.progress.table(str(table.name)).rows_verified = 0
 
     def on_rows(table: Table, rows: int) -> None:
         hold.progress.table(str(table.name)).rows_verified += rows
 
-    with mirror_beside(hold, direction) as mirror:
+    with mirror_beside(hold, sides.direction) as mirror:
 
         def check() -> None:
             hold.check()
@@ -116,6 +133,32 @@ def _once(hold: Hold, repaired: int) -> Verdict:
         found = compare(sides, hold.executor, hold.config.limits, check=check, on_rows=on_rows)
     found += references.compare(hold)
     return Verdict(found, time.monotonic() - started, repaired)
+
+
+def _sides(hold: Hold) -> Sides:
+    direction = flow_by_records(hold)
+    return Sides(hold.move, direction, hold.tables, hold.dsn, lambda: hold.mirror(direction))
+
+
+def _blocked(hold: Hold, error: psycopg.Error) -> DifferencesFound:
+    return DifferencesFound(
+        f"move {hold.move.id}: the two sides differ: the mirror cannot write a row for another one that holds the same"
+        f" value of {error.diag.constraint_name} in {error.diag.table_name}",
+        hint=f"where the giver has lost that other row in a failover, `shardmove verify {hold.move.id} --repair` mends"
+        " it; a row that is not of the move has to be removed",
+    )
+
+
+def mark_stale(hold: Hold) -> int:
+    """Marks every key that the receiver has, and the giver has not, or has with other values: rows from before a
+    failover of the giver, whose unique values may be in the way of what was written since.
+
+    Not a comparison: rows that are on their way are marked, too, which does no harm.
+    """
+    found = compare(_sides(hold), hold.executor, hold.config.limits, check=hold.check, is_exact=False)
+    for table in found:
+        table.missing.clear()
+    return mark_dirty(hold, found)
 
 
 def mark_dirty(hold: Hold, tables: Sequence[TableComparison]) -> int:
@@ -156,7 +199,8 @@ def accept_servers(hold: Hold) -> None:
 
     A failover or a restore may have undone commits on either side, or in the catalog. So the shards' own records are
     asked, both sides are compared in full, and only where they are equal are the new servers recorded, and the
-    newest attempt carried out. While rows are being copied the comparison follows by itself before `ready`.
+    newest attempt carried out. While rows are being copied the target is brought in line with the source, and the
+    comparison follows by itself before `ready`.
 
     Does nothing where no server changed.
 
@@ -173,7 +217,9 @@ def accept_servers(hold: Hold) -> None:
     _require_no_later_attempt(hold)
     disregard_servers(hold)
     _close_again(hold)
-    if hold.move.state in (State.VERIFYING, State.READY, State.SWITCHED):
+    if hold.move.state is State.COPYING:
+        mark_stale(hold)
+    elif hold.move.state in (State.VERIFYING, State.READY, State.SWITCHED):
         _copy_again(hold)
         require_equal(hold, compare_in_full(hold))
     hold.catalog.set_identities(hold.move.id, present, hold.lease.number)

@@ -137,6 +137,21 @@ def _end_holders(connection: Connection, move_id: str) -> None:
         )
 
 
+def end_abandoned(connection: Connection, move_id: str, *, idle_s: float) -> None:
+    """Ends sessions of ours for the move that have stood still in a transaction for longer: a stopped process's.
+
+    They change nothing any more, but their locks stay (a cutover's guards on the tables, a catch-up's on its entries),
+    and who comes next would wait for them until that process goes on. Who was merely slow opens another session.
+    """
+    with points.around(Effect.END_SESSIONS):
+        connection.execute(
+            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity"
+            " WHERE datname = pg_catalog.current_database() AND application_name = %s AND state = 'idle in transaction'"
+            " AND state_change < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %s)",
+            (application_name(move_id), idle_s),
+        )
+
+
 def application_name(move_id: str) -> str:
     """What our sessions for a move are called, everywhere."""
     return f"shardmove {move_id}"

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import xxhash
@@ -19,7 +20,7 @@ from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval, Position, names
 from shardmove.protocol import fence
 from shardmove.protocol.catch_up import Mirror, in_move
-from shardmove.verify.pairs import Pair, equal_snapshots
+from shardmove.verify.pairs import Pair, any_snapshots, equal_snapshots
 from workers.cuts import BatchSizer, walk
 from workers.digest import DigestInterval
 from workers.executors import Executor
@@ -100,6 +101,7 @@ def compare(
     *,
     check: Callable[[], None] = lambda: None,
     on_rows: Callable[[Table, int], None] = lambda _table, _rows: None,
+    is_exact: bool = True,
 ) -> list[TableComparison]:
     """Reads both sides again in full and compares them, under live writes. Changes no row; carries the journal.
 
@@ -109,11 +111,12 @@ def compare(
     Args:
         check: called between intervals; what it raises ends the comparison.
         on_rows: called with the rows of each interval that was compared.
+        is_exact: else the journal is left alone, and rows that are on their way count as differences.
 
     Raises:
         Failed: writers are faster than the mirror; whatever a catch-up or a worker raises. Nothing was changed.
     """
-    return _Comparing(sides, executor, limits, check, on_rows).run()
+    return _Comparing(sides, executor, limits, check, on_rows, is_exact).run()
 
 
 @dataclass(slots=True)
@@ -123,6 +126,7 @@ class _Comparing:
     limits: Limits
     check: Callable[[], None]
     on_rows: Callable[[Table, int], None]
+    is_exact: bool
 
     def run(self) -> list[TableComparison]:
         found = [TableComparison(table) for table in self.sides.tables]
@@ -132,11 +136,15 @@ class _Comparing:
             work = self._intervals(cutter, sizer)
             pending = next(work, None)
             while pending is not None:
-                with equal_snapshots(
-                    self.sides.open_mirror, giver_dsn=self.sides.owner_dsn, receiver_dsn=self.sides.other_dsn
-                ) as pair:
+                with self._snapshots(name) as pair:
                     pending = self._at_one_pair(pair, pending, work, found, sizer)
         return found
+
+    def _snapshots(self, name: str) -> AbstractContextManager[Pair]:
+        sides = self.sides
+        if self.is_exact:
+            return equal_snapshots(sides.open_mirror, giver_dsn=sides.owner_dsn, receiver_dsn=sides.other_dsn)
+        return any_snapshots(giver_dsn=sides.owner_dsn, receiver_dsn=sides.other_dsn, application_name=name)
 
     def _intervals(self, cutter: Connection, sizer: BatchSizer) -> Iterator[tuple[int, Interval]]:
         for ordinal, table in enumerate(self.sides.tables, 1):

@@ -56,6 +56,20 @@ def equal_snapshots(open_mirror: Callable[[], Mirror], *, giver_dsn: str, receiv
 
 
 @contextmanager
+def any_snapshots(*, giver_dsn: str, receiver_dsn: str, application_name: str) -> Iterator[Pair]:
+    """A pair of about the same moment: what is on its way differs, too. Enough to mend by, never to verify by."""
+    with ExitStack() as stack:
+        sessions = [
+            stack.enter_context(_closing(connect(dsn, application_name=application_name)))
+            for dsn in (giver_dsn, receiver_dsn)
+        ]
+        for session in sessions:
+            session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        giver, receiver = map(_exported, sessions)
+        yield Pair(giver, receiver)
+
+
+@contextmanager
 def _closing(connection: Connection) -> Iterator[Connection]:
     try:
         yield connection
