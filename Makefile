@@ -9,9 +9,13 @@ READY := $(VENV)/.ready
 TEST_PROCESSES ?= 2
 SEEDS ?= 200
 FIRST ?= 0
+RUNS ?= 3
+JOBS ?= 2
+MINUTES ?= 30
+SCRIPT ?=
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv demo test lint format fault schemas bench lock clean
+.PHONY: help venv demo test lint format model fault machine schemas bench lock clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -43,8 +47,15 @@ format: $(READY) ## puts the source in shape
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-fault: $(READY) ## the tests in which processes and servers die, the slow ones too
+model: $(READY) ## the protocol's model, every order of its steps: needs the packages spin and gcc
+	$(BIN)/python -m tests.model.check large
+
+fault: $(READY) ## every control point × every victim, RUNS=3 times, JOBS=2 at once; then the tests in which something dies
+	$(BIN)/python -m tests.campaign --runs $(RUNS) --jobs $(JOBS)
 	$(PYTEST) -m fault
+
+machine: $(READY) ## random lives of moves for MINUTES=30; a kept one once more: SCRIPT=file
+	$(BIN)/python -m tests.machine $(if $(SCRIPT),$(SCRIPT),--minutes $(MINUTES))
 
 schemas: $(READY) ## moves of random schemas: SEEDS=200 of them, from FIRST=0 on; one failed: FIRST=n SEEDS=1
 	SHARDMOVE_SCHEMAS=$(SEEDS) SHARDMOVE_SCHEMAS_FIRST=$(FIRST) \
