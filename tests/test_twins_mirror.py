@@ -34,7 +34,7 @@ from shardmove.protocol import capture, catch_up, drift, fence, objects, parts
 from shardmove.protocol import gate as gating
 from shardmove.protocol.catch_up import Mirror, Pass
 from tests.support.engine import LEASE, ORDERS, Engine, make_engine, until
-from tests.support.servers import Databases, connect
+from tests.support.servers import Databases, connect, old_binaries
 from tests.support.twins import (
     WHOLE,
     Died,
@@ -578,21 +578,35 @@ def test_force_rls(mechanism: Mechanism, databases: Databases) -> None:
 # --- the source's log
 
 
+UNFLUSHED = {"autovacuum": "off", "checkpoint_timeout": "1h"}
+
+
 @pytest.fixture(scope="module")
 def fragile() -> Iterator[Server]:
     """A server that nobody else uses, and that writes to its log only what a commit asks for."""
-    with Cluster(["fragile"], settings={"autovacuum": "off", "checkpoint_timeout": "1h"}) as cluster:
+    with Cluster(["fragile"], settings=UNFLUSHED) as cluster:
+        yield cluster["fragile"]
+
+
+@pytest.fixture(scope="module")
+def fragile_and_old() -> Iterator[Server]:
+    """The same, of a PostgreSQL where a session cannot flush the log for what it has only read."""
+    with Cluster(["fragile"], binaries=old_binaries(), settings=UNFLUSHED) as cluster:
         yield cluster["fragile"]
 
 
 @pytest.fixture
 def on_fragile(fragile: Server, databases: Databases) -> Engine:
+    return away_from(fragile, databases)
+
+
+def away_from(server: Server, databases: Databases) -> Engine:
     """A move away from that server."""
     target = databases("s2")
-    with psycopg.connect(fragile.dsn, autocommit=True) as connection:
+    with psycopg.connect(server.dsn, autocommit=True) as connection:
         connection.execute("DROP DATABASE IF EXISTS shop WITH (FORCE)")
         connection.execute("CREATE DATABASE shop")
-    return make_engine({"s1": fragile.dsn_for("shop"), **target}, rows=TEN)
+    return make_engine({"s1": server.dsn_for("shop"), **target}, rows=TEN)
 
 
 @pytest.mark.fault
@@ -609,6 +623,27 @@ def test_crash_between_commits(mechanism: Mechanism, fragile: Server, on_fragile
     fragile.start()
     carry_all(on_fragile)
     mechanism.judge(differences(on_fragile))
+
+
+@pytest.mark.fault
+def test_log_flushed_by_another_session(mechanism: Mechanism, fragile_and_old: Server, databases: Databases) -> None:
+    """The source restarts between the reading of a row and the flush for it, which a new session then does in vain."""
+    mechanism.replace(catch_up, "require_reader", lambda _: None)
+    made = away_from(fragile_and_old, databases)
+    copy_all(made)
+
+    def restart() -> None:
+        fragile_and_old.kill()
+        fragile_and_old.start()
+
+    with mirror(made) as running, application(made) as client:
+        client.execute("SET synchronous_commit = off")
+        stop_the_log_writer(made)
+        client.execute("UPDATE orders SET note = 'v2' WHERE id = 7")
+        with once("catch_up.before_compare", restart), pytest.raises(psycopg.OperationalError):
+            running.catch_up()
+    carry_all(made)
+    mechanism.judge(differences(made))
 
 
 def stop_the_log_writer(engine: Engine) -> None:

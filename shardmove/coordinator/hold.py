@@ -25,8 +25,6 @@ from shardmove.protocol.catch_up import Mirror
 from workers.executors import Executor
 
 RETRIES_OF_A_TRANSITION = 20
-SILENT_SHARE = 0.5
-"""A holder is succeeded so soon after its last beat, of four in its time, that its sessions stood still for less."""
 PAUSE_LOOK_S = 1.0
 """How soon a running step sees that the move was paused."""
 
@@ -251,10 +249,10 @@ def raise_number(held: Hold, shard: str) -> None:
     try:
         connection = held.connection(shard)
         if held.move.state is not State.PENDING:
+            fence.end_former(connection, held.move.id)
             # Also where the former holder has made nothing yet: it may be about to.
             objects.install_schema(connection, held.catalog.cluster_id())
             fence.raise_number(connection, held.move.id, held.lease.number)
-            fence.end_abandoned(connection, held.move.id, idle_s=held.config.limits.lease_ttl_s * SILENT_SHARE)
     except Refused as error:
         raise Refused(f"shard {shard}: {error.message}", hint=error.hint) from error
     except psycopg.OperationalError as error:

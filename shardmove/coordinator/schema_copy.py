@@ -100,6 +100,7 @@ def script(source_dsn: str, target: Connection, tables: Iterable[TableName]) -> 
 def _snapshot(dsn: str) -> Iterator[tuple[Connection, str]]:
     """One snapshot for our questions and for pg_dump: the object ids that we choose by are those that it writes."""
     with connect(dsn, application_name=APPLICATION_NAME) as connection, effects.snapshot(connection):
+        connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")  # pg_dump may take long
         row = connection.execute("SELECT pg_catalog.pg_export_snapshot()").fetchone()
         assert row is not None
         yield connection, row[0]

@@ -42,7 +42,7 @@ PINNED = {
     "statement_timeout": "0",
     "lock_timeout": "0",
     "transaction_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "5min",  # what a stopped process has locked is let go at last
     "idle_session_timeout": "0",
     "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "on",  # whoever writes says so, in effects.py

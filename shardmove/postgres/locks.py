@@ -122,9 +122,9 @@ def _try(connection: Connection, effect: Effect, change: Callable[[], None], loc
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{GIVE_WAY_MS}ms",))
             connection.execute(_TAKE_WAY)
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
-            connection.execute(
-                "SELECT pg_catalog.set_config('statement_timeout', %s, true)", (f"{lock_timeout_ms * 5}ms",)
-            )
+            # A table stays locked neither by a long change, nor by a process that is stopped in the middle of one.
+            for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
+                connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", (setting, f"{lock_timeout_ms * 5}ms"))
             change()
     except (errors.LockNotAvailable, errors.QueryCanceled, errors.DeadlockDetected):
         return False

@@ -408,6 +408,15 @@ def flush_log(mirror: Mirror) -> None:
     if mirror.flusher is None or mirror.flusher.closed:
         mirror.flusher = connect(mirror.giver_dsn, application_name=fence.application_name(mirror.move.id))
     make_durable(mirror.flusher)
+    require_reader(mirror)
+
+
+def require_reader(mirror: Mirror) -> None:
+    """The session that read is there still, so its server has not been restarted since: what it read was made durable.
+
+    The flusher may be a session of a server that has forgotten it.
+    """
+    mirror.giver.execute("SELECT 1")
 
 
 def make_durable(giver: Connection) -> None:

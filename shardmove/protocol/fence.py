@@ -137,18 +137,21 @@ def _end_holders(connection: Connection, move_id: str) -> None:
         )
 
 
-def end_abandoned(connection: Connection, move_id: str, *, idle_s: float) -> None:
-    """Ends sessions of ours for the move that have stood still in a transaction for longer: a stopped process's.
+def end_former(connection: Connection, move_id: str) -> None:
+    """Ends sessions of ours for the move that hold a lock here and wait for their own process: perhaps a stopped one's.
 
-    They change nothing any more, but their locks stay (a cutover's guards on the tables, a catch-up's on its entries),
-    and who comes next would wait for them until that process goes on. Who was merely slow opens another session.
+    To be called by who takes the move over. A former holder changes nothing any more, but what it locked would stay
+    locked (a cutover's guards, a pass's entries, a table whose triggers were to change), and who comes next would wait
+    for as long as that process is stopped. An attendant that is ended with them tries again.
     """
     with points.around(Effect.END_SESSIONS):
         connection.execute(
-            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity"
-            " WHERE datname = pg_catalog.current_database() AND application_name = %s AND state = 'idle in transaction'"
-            " AND state_change < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %s)",
-            (application_name(move_id), idle_s),
+            "SELECT pg_catalog.pg_terminate_backend(a.pid, 1000) FROM pg_catalog.pg_stat_activity a"
+            " WHERE a.datname = pg_catalog.current_database() AND a.application_name = %s"
+            " AND a.pid <> pg_catalog.pg_backend_pid() AND a.wait_event_type = 'Client' AND EXISTS"
+            " (SELECT FROM pg_catalog.pg_locks l WHERE l.pid = a.pid AND l.granted"
+            "  AND l.locktype IN ('advisory', 'relation', 'transactionid'))",
+            (application_name(move_id),),
         )
 
 

@@ -19,6 +19,8 @@ from shardmove.protocol.capture import when
 from shardmove.protocol.families import enable_always
 from shardmove.protocol.parts import EVENTS, KEPT_PREFIX
 
+STOPPED_S = 30
+
 
 def kept_ranges(connection: Connection, keyspace: Keyspace) -> tuple[KeyRange, ...]:
     """The ranges of the keyspace that this shard gave away for good, merged."""
@@ -101,12 +103,15 @@ def extend(connection: Connection, keyspace: Keyspace, patience: locks.Patience)
 def changing(connection: Connection, keyspace: Keyspace) -> Iterator[None]:
     """One at a time: the kept fences of two moves are merged into one condition per table."""
     key = "shardmove kept " + keyspace.name
+    # Other moves wait for this lock: where this process is stopped, the server ends the session.
+    connection.execute("SELECT pg_catalog.set_config('idle_session_timeout', %s, false)", (f"{STOPPED_S}s",))
     connection.execute("SELECT pg_catalog.pg_advisory_lock(pg_catalog.hashtextextended(%s, 0))", (key,))
     try:
         yield
     finally:
         if not connection.closed:
             connection.execute("SELECT pg_catalog.pg_advisory_unlock(pg_catalog.hashtextextended(%s, 0))", (key,))
+            connection.execute("SELECT pg_catalog.set_config('idle_session_timeout', '0', false)")
 
 
 def record(

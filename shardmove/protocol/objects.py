@@ -33,6 +33,8 @@ def install_schema(connection: Connection, cluster_id: str) -> None:
         Refused: the shard belongs to another catalog, or was touched by a newer release. Nothing was changed.
     """
     with effects.writing(connection, Effect.INSTALL_SCHEMA):
+        # Other moves wait for this lock: where this process is stopped, the server ends the session.
+        connection.execute("SET LOCAL idle_in_transaction_session_timeout = '10s'")
         connection.execute(
             "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('shardmove schema', 0))"
         )

@@ -77,11 +77,16 @@ def databases(servers: Cluster) -> Iterator[Databases]:
 @pytest.fixture(scope="session")
 def old_servers() -> Iterator[Cluster]:
     """Servers of an older PostgreSQL: that of the directory in the environment, else an installed PostgreSQL 15."""
+    with Cluster(OLD_SERVERS, binaries=old_binaries(), settings={"fsync": "off"}) as cluster:
+        yield cluster
+
+
+def old_binaries() -> Path:
+    """Skips the test where there are none."""
     named = os.environ.get(OLD_VARIABLE)
     if named is None and not OLD_INSTALLED.exists():
         pytest.skip(f"no older PostgreSQL: {OLD_INSTALLED} does not exist, and {OLD_VARIABLE} names no directory")
-    with Cluster(OLD_SERVERS, binaries=Path(named or OLD_INSTALLED), settings={"fsync": "off"}) as cluster:
-        yield cluster
+    return Path(named or OLD_INSTALLED)
 
 
 @pytest.fixture
