@@ -12,6 +12,8 @@ import pytest
 
 from shardmove.coordinator import ending
 from shardmove.coordinator.hold import Hold
+from shardmove.domain.points import Effect
+from shardmove.postgres import effects
 from tests.kinds import CASES
 from tests.support.cases import Case, MakeDatabase, page, run_case
 
@@ -30,7 +32,8 @@ def test_a_row_that_is_lost_is_missed(make_database: MakeDatabase, monkeypatch: 
 
     def complete_and_lose(held: Hold) -> None:
         end(held)
-        held.target.execute("DELETE FROM public.things WHERE tenant = 120 AND id = 7")
+        with effects.writing(held.target, Effect.ERASE):
+            held.target.execute("DELETE FROM public.things WHERE tenant = 120 AND id = 7")
 
     monkeypatch.setattr(ending, "complete", complete_and_lose)
     with pytest.raises(AssertionError, match="things on s2: 1 rows are missing"):
