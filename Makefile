@@ -11,7 +11,7 @@ SEEDS ?= 200
 FIRST ?= 0
 RUNS ?= 3
 JOBS ?= 2
-MINUTES ?= 30
+MINUTES ?=
 SCRIPT ?=
 PYTEST := $(BIN)/python -m pytest
 
@@ -50,12 +50,12 @@ format: $(READY) ## puts the source in shape
 model: $(READY) ## the protocol's model, every order of its steps: needs the packages spin and gcc
 	$(BIN)/python -m tests.model.check large
 
-fault: $(READY) ## every control point × every victim, RUNS=3 times, JOBS=2 at once; then the tests in which something dies
-	$(BIN)/python -m tests.campaign --runs $(RUNS) --jobs $(JOBS)
+fault: $(READY) ## every control point × every victim, RUNS=3 times or for MINUTES, JOBS=2 at once; then the tests in which something dies
+	$(BIN)/python -m tests.campaign --runs $(RUNS) --jobs $(JOBS) $(if $(MINUTES),--minutes $(MINUTES)) --write docs/reliability.md
 	$(PYTEST) -m fault
 
 machine: $(READY) ## random lives of moves for MINUTES=30; a kept one once more: SCRIPT=file
-	$(BIN)/python -m tests.machine $(if $(SCRIPT),$(SCRIPT),--minutes $(MINUTES))
+	$(BIN)/python -m tests.machine $(or $(SCRIPT),--minutes $(or $(MINUTES),30))
 
 schemas: $(READY) ## moves of random schemas: SEEDS=200 of them, from FIRST=0 on; one failed: FIRST=n SEEDS=1
 	SHARDMOVE_SCHEMAS=$(SEEDS) SHARDMOVE_SCHEMAS_FIRST=$(FIRST) \
