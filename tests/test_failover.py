@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -22,9 +23,9 @@ from shardmove.coordinator import verifying
 from shardmove.coordinator.diagnose import diagnose
 from shardmove.coordinator.run import run
 from shardmove.domain import points
-from shardmove.domain.errors import CutoverGaveUp, DifferencesFound, Failed
+from shardmove.domain.errors import CutoverGaveUp, DifferencesFound, Failed, ServerChanged
 from shardmove.domain.keys import KeyRange
-from shardmove.domain.moves import Direction, State
+from shardmove.domain.moves import CATALOG, Direction, State
 from shardmove.postgres import identity
 from shardmove.postgres.embedded import Cluster
 from shardmove.protocol import catch_up
@@ -552,6 +553,23 @@ def test_a_catalog_that_forgot_a_flip_opens_nothing(
         assert any(shell("run", move, "--until", "completed").code == Exit.DONE for _ in range(TRIES))
         reconnected(world)
         assert damage(world, absent_on="s1") == []
+
+
+@pytest.mark.parametrize("verb", ["roll_back", "complete"])
+def test_a_catalog_that_may_have_forgotten_ends_no_move(world: World, verb: str) -> None:
+    """The state would be entered, and the shard's own record would then refuse all that follows from it."""
+    goal = State.READY if verb == "roll_back" else State.SWITCHED
+    move = world.split()
+    world.run(move, goal)
+    with world.hold(move) as held:
+        another = replace(held.catalog.identity(), timeline=7)
+        held.catalog.set_identities(move, {**held.move.identities, CATALOG: another}, held.lease.number)
+    with pytest.raises(ServerChanged, match="the catalog is another server"):
+        getattr(world, verb)(move)
+    assert world.move(move).state is goal
+    world.run(move, goal)  # looks at the shards' own records, compares, and takes the new one for its catalog
+    getattr(world, verb)(move)
+    assert world.move(move).state.is_final
 
 
 def reconnected(world: World) -> Catalog:

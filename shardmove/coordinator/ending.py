@@ -23,7 +23,7 @@ from shardmove.domain.routes import Routes
 from shardmove.postgres.connect import Connection
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval
-from shardmove.protocol import fence, kept, objects, parts
+from shardmove.protocol import fence, kept, objects, ownership, parts
 from workers.erase import EraseBatch
 
 # --- complete
@@ -36,12 +36,14 @@ def complete(hold: Hold, *, dry_run: bool = False) -> None:
 
     Raises:
         Refused: the move is not switched.
+        ServerChanged: the catalog is another server, and may have forgotten that the range went back.
         Failed: a table could not be locked, a shard does not answer: the move stays `cleaning`; run it again.
     """
     if hold.move.state is State.COMPLETED:
         return
     if hold.move.state is not State.CLEANING:
         preflight.require_state(hold.move, State.SWITCHED, "complete")
+        ownership.check_catalog(hold.catalog, hold.move)
     _runner(hold, dry_run)(_completion(hold))
 
 
@@ -107,6 +109,7 @@ def roll_back(hold: Hold, *, dry_run: bool = False) -> None:
 
     Raises:
         Refused: the move is completed or being completed; or the revert was refused.
+        ServerChanged: the catalog is another server, and may have forgotten that the target owns the range.
         Failed: a table could not be locked, a shard does not answer: the move stays `rolling_back`; run it again.
     """
     if hold.move.state is State.ROLLED_BACK:
@@ -116,6 +119,8 @@ def roll_back(hold: Hold, *, dry_run: bool = False) -> None:
             f"move {hold.move.id} is {hold.move.state}: its source was given up, there is no way back",
             hint=f"plan a move of {hold.move.ranges_text} back to {hold.move.source}",
         )
+    if hold.move.state is not State.ROLLING_BACK:
+        ownership.check_catalog(hold.catalog, hold.move)
     if hold.move.state is State.SWITCHED:
         cut_over(hold, Direction.BACK, dry_run=dry_run)
     _runner(hold, dry_run)(_retreat(hold))
