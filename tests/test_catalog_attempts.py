@@ -238,11 +238,22 @@ def acts_of_a_holder(catalog: Catalog, attempt: Attempt, number: int) -> dict[st
         "set_error": lambda: catalog.set_error("m1", "late", number),
         "set_stats": lambda: catalog.set_stats("m1", {"rows_copied": 0}, number),
         "set_identities": lambda: catalog.set_identities("m1", {}, number),
+        "record_step": lambda: catalog.record_step("schema_created", "m1", number),
     }
 
 
 @pytest.mark.parametrize(
-    "act", ["transition", "repeated transition", "open_attempt", "flip", "set_error", "set_stats", "set_identities"]
+    "act",
+    [
+        "transition",
+        "repeated transition",
+        "open_attempt",
+        "flip",
+        "set_error",
+        "set_stats",
+        "set_identities",
+        "record_step",
+    ],
 )
 def test_a_zombie_changes_nothing(catalog: Catalog, lease: Lease, dsn: str, act: str) -> None:
     attempt = opened(catalog, lease.number)

@@ -353,6 +353,20 @@ def test_a_run_that_fails_is_rolled_back_where_that_was_wanted(world: World, she
     assert world.leftovers("s2", planned) == []
 
 
+def test_a_move_that_ended_keeps_no_error(world: World, shell: Shell, planned: str) -> None:
+    """The last transition was committed, and its answer was lost: who repeats the command has nothing to do."""
+
+    def fail(_point: str) -> None:
+        if world.move(planned).state is State.ROLLED_BACK:
+            raise errors.Failed("the answer was lost")
+
+    shell("run", planned)
+    with points.armed("transition.after", fail):
+        assert shell("rollback", planned).code == Exit.FAILED
+    assert world.move(planned).error is None
+    assert shell("rollback", planned).code == Exit.DONE
+
+
 def test_a_timeout_sets_the_same_event_as_an_interrupt() -> None:
     with stoppable(timeout_s=0.01) as stop:
         assert stop.wait(10)

@@ -160,6 +160,15 @@ class Moves(Shape):
             self._published()
         return bool(changed)
 
+    def record_step(self, kind: str, move_id: str, lease_number: int, **detail: object) -> None:
+        """Adds an event of a move, as the one who holds it. Raises LeaseLost. A repeat adds another."""
+        self._changed(
+            Effect.RECORD_EVENT,
+            "WITH held AS MATERIALIZED (SELECT shardmove_catalog.lock_move(%s, %s))"
+            " SELECT shardmove_catalog.add_event(%s, %s, NULL, %s) FROM held",
+            (move_id, lease_number, kind, move_id, Jsonb(detail)),
+        )
+
     def set_paused(self, move_id: str, paused: bool) -> None:
         """A mark that anyone may set. Safe to repeat; an event where it changed. Raises NotFound."""
         self._changed(Effect.SET_PAUSED, "SELECT shardmove_catalog.set_paused(%s, %s)", (move_id, paused))

@@ -47,7 +47,7 @@ def create_missing(hold: Hold) -> None:
         first = _last_number(target, hold.move.id) + 1
         for number, statement in enumerate(script.later, first):
             target.execute("INSERT INTO shardmove.later VALUES (%s, %s, %s)", (hold.move.id, number, statement))
-    hold.catalog.record("schema_created", hold.move.id, shard=hold.move.target)
+    hold.record("schema_created", shard=hold.move.target)
 
 
 def _require_replica(hold: Hold, script: Script) -> None:

@@ -46,7 +46,7 @@ def accept_drift(hold: Hold) -> None:
             objects.update_tables(connection, hold.move.id, tables)
             drift.record_fingerprint(connection, hold.move.id, tables, lease_number=hold.lease.number)
     hold.tables = tables
-    hold.catalog.record("schema_changed", hold.move.id)
+    hold.record("schema_changed")
 
 
 def _require_movable(hold: Hold) -> None:

@@ -207,7 +207,7 @@ def roll_back_without_target(hold: Hold, *, dry_run: bool = False) -> None:
 
 
 def _record_loss(hold: Hold) -> None:
-    hold.catalog.record("target_lost", hold.move.id, shard=hold.move.target)
+    hold.record("target_lost", shard=hold.move.target)
 
 
 def _roll_back_ends(hold: Hold) -> None:

@@ -103,6 +103,10 @@ class Hold:
             if not self.tables and objects.has_schema(self.connection(shard)):
                 self.tables = objects.load_tables(self.connection(shard), self.move.id)
 
+    def record(self, kind: str, **detail: object) -> None:
+        """Adds an event of the move to the catalog. Raises LeaseLost; nothing was changed then."""
+        self.catalog.record_step(kind, self.move.id, self.lease.number, **detail)
+
     def transition(self, after: State, *, routes: Callable[[Routes], Routes] | None = None, **detail: object) -> None:
         """Moves on to the next state; with `routes`, publishes the changed routes in the same transaction.
 

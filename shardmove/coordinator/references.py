@@ -40,7 +40,7 @@ def copy_missing(hold: Hold) -> None:
         if _is_empty(hold.target, table) and not _is_empty(hold.source, table):
             _copy(hold, table)
             sequences.advance(hold.target, hold.source, [table], margin=hold.config.limits.sequence_margin)
-            hold.catalog.record("reference_copied", hold.move.id, table=str(table.name), shard=hold.move.target)
+            hold.record("reference_copied", table=str(table.name), shard=hold.move.target)
 
 
 def require_equal(hold: Hold) -> None:

@@ -120,8 +120,14 @@ def recorded(hold: Hold) -> Iterator[None]:
     except ShardmoveError as error:
         # Where the catalog is what failed, or the lease is gone, the step's own error says more.
         with suppress(ShardmoveError):
-            hold.catalog.set_error(hold.move.id, error.message, hold.lease.number)
+            _keep(hold, error)
         raise
+
+
+def _keep(hold: Hold, error: ShardmoveError) -> None:
+    # The move may have ended with the very call whose answer was lost: then nobody has to look after it any more.
+    if not hold.catalog.move(hold.move.id).state.is_final:
+        hold.catalog.set_error(hold.move.id, error.message, hold.lease.number)
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def mark_dirty(hold: Hold, tables: Sequence[TableComparison]) -> int:
         with effects.writing(owner, Effect.MARK_DIRTY):
             owner.execute(entries)
         marked += len(each.keys)
-    hold.catalog.record("repaired", hold.move.id, keys=marked)
+    hold.record("repaired", keys=marked)
     return marked
 
 
@@ -223,7 +223,7 @@ def accept_servers(hold: Hold) -> None:
         _copy_again(hold)
         require_equal(hold, compare_in_full(hold))
     hold.catalog.set_identities(hold.move.id, present, hold.lease.number)
-    hold.catalog.record("servers_changed", hold.move.id)
+    hold.record("servers_changed")
     hold.refresh()
     settle_newest(hold)
     if hold.unsettled is not None:
