@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ import psycopg
 import pytest
 
 from shardmove import __version__
+from shardmove.catalog import upgrade as upgrading
 from shardmove.catalog.moves import NewMove
-from shardmove.catalog.session import connect
+from shardmove.catalog.session import connect, translated
 from shardmove.catalog.store import Catalog
 from shardmove.catalog.upgrade import HOOKS, Hook, check, require_current, upgrade
 from shardmove.config import parse
@@ -82,6 +84,17 @@ def test_concurrent_upgrades_from_processes_and_threads_run_each_hook_once(dsn: 
     with ProcessPoolExecutor(2, mp_context=spawn) as processes, ThreadPoolExecutor(2) as threads:
         ran = [pool.submit(upgrade_in_process, dsn) for pool in (processes, processes, threads, threads)]
         assert sorted(result.result() for result in ran) == [[], [], [], ALL]
+
+
+def test_a_process_that_stops_in_an_upgrade_holds_up_the_next_one_for_a_while_only(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upgrading, "STOPPED_S", 1)
+    with connect(dsn, application_name="stopped") as stopped, connect(dsn, application_name="next") as following:
+        with suppress(Unreachable), translated(stopped), upgrading._alone(stopped):
+            upgrade(following)
+        assert stopped.closed
+        require_current(following)
 
 
 def test_a_hook_that_fails_leaves_nothing_of_itself(dsn: str) -> None:

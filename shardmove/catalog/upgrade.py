@@ -21,6 +21,8 @@ from shardmove.postgres import effects
 
 Connection: TypeAlias = psycopg.Connection[Any]
 
+STOPPED_S = 30
+"""So long may a process stand still with the lock of an upgrade."""
 _LOCK: LiteralString = "hashtextextended('shardmove_catalog.upgrade', 0)"
 
 
@@ -99,7 +101,12 @@ def upgrade(connection: Connection, hooks: Sequence[Hook] = HOOKS) -> list[int]:
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[None]:
-    connection.execute("SELECT set_config('lock_timeout', '60s', false)")
+    # Where this process is stopped with the lock, the server ends the session before those that wait give up.
+    connection.execute(
+        "SELECT set_config('lock_timeout', '60s', false), set_config('idle_session_timeout', %(stopped)s, false),"
+        " set_config('idle_in_transaction_session_timeout', %(stopped)s, false)",
+        {"stopped": f"{STOPPED_S}s"},
+    )
     try:
         connection.execute("SELECT pg_advisory_lock(" + _LOCK + ")")
     except psycopg.errors.LockNotAvailable:
@@ -108,7 +115,11 @@ def _alone(connection: Connection) -> Iterator[None]:
         yield
     finally:
         if not connection.closed:  # a connection that died has let go of the lock
-            connection.execute("SELECT pg_advisory_unlock(" + _LOCK + "), set_config('lock_timeout', '5s', false)")
+            connection.execute(
+                "SELECT pg_advisory_unlock(" + _LOCK + "), set_config('lock_timeout', '5s', false),"
+                " set_config('idle_session_timeout', '0', false),"
+                " set_config('idle_in_transaction_session_timeout', '5min', false)"
+            )
 
 
 def _prepare(connection: Connection) -> None:
