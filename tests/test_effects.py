@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, LiteralString
 
 import psycopg
 import pytest
@@ -19,6 +20,7 @@ import shardmove
 import workers
 from shardmove.catalog.store import Catalog
 from shardmove.domain import points
+from shardmove.domain.errors import Unreachable
 from shardmove.domain.points import PLACES, Effect
 from shardmove.faults import REACHED, VARIABLE
 from shardmove.postgres import connect as connecting
@@ -129,11 +131,52 @@ def test_a_step_that_dies_at_either_point_did_nothing_or_all(databases: Database
             assert connection.execute("SELECT count(*) FROM public.t").fetchall() == [(rows,)]
 
 
+def test_an_effect_of_one_statement_is_one_message(databases: Databases, tmp_path: Path) -> None:
+    """Between two of them a process may stop, with all that it has locked."""
+    with connecting.connect(databases("s1")["s1"], application_name="test") as connection:
+        effects.once(connection, Effect.INSTALL, "CREATE TABLE public.t (id int, note text)", ())
+        with (tmp_path / "trace").open("w") as trace:
+            connection.pgconn.trace(trace.fileno())
+            query: LiteralString = "INSERT INTO public.t VALUES (%s, %s) RETURNING id"
+            cursor = effects.once(connection, Effect.BATCH, query, (7, "it's 100 %"))
+            connection.pgconn.untrace()
+        assert cursor.fetchone() == (7,)
+        sent = [line.split("\t")[3] for line in (tmp_path / "trace").read_text().splitlines() if "\tF\t" in line]
+        assert sent == ["Query"]
+        assert connection.execute("SELECT note FROM public.t").fetchone() == ("it's 100 %",)
+
+
+def test_an_interrupt_leaves_no_transaction_open(databases: Databases, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next effect would be taken for a part of it, and never be committed."""
+    with connecting.connect(databases("s1")["s1"], application_name="test") as connection:
+        execute = psycopg.ClientCursor.execute
+
+        def interrupted(*arguments: Any) -> None:
+            execute(arguments[0], "BEGIN READ WRITE")
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(psycopg.ClientCursor, "execute", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                effects.once(connection, Effect.BATCH, "SELECT %s", (1,))
+        assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
 def test_one_message_that_fails_leaves_no_transaction_open(databases: Databases) -> None:
     with connecting.connect(databases("s1")["s1"], application_name="test") as connection:
         with pytest.raises(psycopg.errors.UndefinedTable):
             effects.once(connection, Effect.BATCH, "INSERT INTO public.missing VALUES (%s)", (1,))
         assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
+def test_a_session_that_was_ended_for_standing_still_is_a_lost_connection(databases: Databases) -> None:
+    """Whoever meets it opens another one, and tries again."""
+    with connecting.connect(databases("s1")["s1"], application_name="test") as connection:
+        connection.execute("SET idle_in_transaction_session_timeout = '10ms'")
+        effects.begin(connection)
+        select.select([connection.fileno()], [], [], 60)  # the server says so by itself
+        with pytest.raises(Unreachable), connecting.translated("a step"):
+            connection.execute("SELECT 1")
 
 
 # --- what no transaction undoes

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from shardmove.coordinator import planner
 from shardmove.domain import points
 from shardmove.domain.errors import LeaseLost, ShardmoveError
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import State
-from shardmove.protocol import parts
+from shardmove.protocol import fence, parts
+from tests.support.servers import Databases, connect
 from tests.support.world import World, in_background
 
 MOVED = KeyRange(20, None)
@@ -140,3 +142,22 @@ def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(world: Wor
         world.await_row("s1", "SELECT standing FROM shardmove.fence", ("mirror",))
     world.complete(move_id)
     assert accepts(world, "s2", 25)
+
+
+def test_sessions_of_another_role_are_left_alone_by_who_takes_over(databases: Databases) -> None:
+    """The role may look at them, and may not end them: that is no reason to fail."""
+    dsn = databases("s1")["s1"]
+    with connect(dsn, application_name="shardmove m1") as theirs, theirs.transaction():
+        theirs.execute("CREATE TABLE public.held (id int)")
+        theirs.execute("DROP ROLE IF EXISTS watcher")
+        theirs.execute("CREATE ROLE watcher LOGIN IN ROLE pg_monitor")
+    with connect(dsn, application_name="shardmove m1") as theirs, theirs.transaction():
+        theirs.execute("LOCK TABLE public.held")
+        with connect(make_conninfo(dsn, user="watcher"), application_name="test") as ours:
+            fence.end_former(ours, "m1")
+        theirs.execute("SELECT 1")
+        with connect(dsn, application_name="test") as of_the_same_role:
+            fence.end_former(of_the_same_role, "m1")
+        with pytest.raises(psycopg.OperationalError):
+            theirs.execute("SELECT 1")
+        theirs.close()

@@ -118,7 +118,7 @@ def _alone(connection: Connection) -> Iterator[None]:
             connection.execute(
                 "SELECT pg_advisory_unlock(" + _LOCK + "), set_config('lock_timeout', '5s', false),"
                 " set_config('idle_session_timeout', '0', false),"
-                " set_config('idle_in_transaction_session_timeout', '5min', false)"
+                " set_config('idle_in_transaction_session_timeout', '3s', false)"
             )
 
 

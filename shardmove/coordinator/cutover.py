@@ -315,6 +315,7 @@ class _Crossing:
             nonlocal known
             table, known = known or self.hold.catalog.routes(), None
             assert self.attempt_ is not None
+            self._check_stall()  # who stood still here may have lost its table locks
             return self.hold.catalog.flip(
                 self.attempt_,
                 lease_number=self.hold.lease.number,

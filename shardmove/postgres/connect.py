@@ -140,15 +140,15 @@ def translated(where: str) -> Iterator[None]:
             f"{where}: {explain(error)}: the schema is not what the move began with",
             hint="`shardmove diagnose` lists what is missing",
         ) from error
-    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        if error.sqlstate is None or error.sqlstate[:2] in ("08", "57"):
+    except psycopg.Error as error:
+        if is_unreachable(error):
             raise Unreachable(f"{where}: lost the connection: {_first_line(error)}") from error
         raise
 
 
 def is_unreachable(error: BaseException) -> bool:
     """True where the connection is gone, and with it the session's transaction."""
-    return isinstance(error, Unreachable) or (
+    return isinstance(error, (Unreachable, errors.IdleInTransactionSessionTimeout)) or (
         isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
         and (error.sqlstate is None or error.sqlstate[:2] in ("08", "57"))
     )

@@ -56,21 +56,23 @@ def snapshot(connection: Connection, exported: str | None = None) -> Iterator[No
 def once(
     connection: Connection, effect: Effect, query: LiteralString, parameters: Sequence[object] | Mapping[str, object]
 ) -> psycopg.Cursor[tuple[Any, ...]]:
-    """A transaction of one statement, begun and committed in the same message: no process can freeze in it.
+    """A transaction of one statement, begun and committed by one message: no process can stop in the middle of it.
+
+    One message means the simple protocol, where the client puts values into the statement. A pipeline sends a packet a
+    statement, and no timeout of the server's applies between them.
 
     Raises psycopg.Error; nothing was changed then, or, where the connection was lost, perhaps all of it.
     """
     _require_idle(connection)
+    cursor = psycopg.ClientCursor(connection)
     points.reach(effect.before)
     try:
-        with connection.pipeline():
-            connection.execute("BEGIN READ WRITE")
-            cursor = connection.execute(query, parameters)
-            connection.execute("COMMIT")
-    except psycopg.Error:
+        cursor.execute("BEGIN READ WRITE; " + query + "; COMMIT", parameters)
+    except BaseException:
         if not connection.closed:
             connection.rollback()
         raise
+    cursor.nextset()  # that of BEGIN is empty
     points.reach(effect.after)
     return cursor
 

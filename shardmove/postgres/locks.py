@@ -61,6 +61,8 @@ GIVE_WAY_MS = 10_000
 """How long one try waits for our own writers; a batch takes about a second."""
 WAY = 5_108_411_773_921_046_528
 """The key of the advisory lock that says so; a number of our own choice."""
+STOPPED_MS = 3_000
+"""A process that stands still for so long between two statements is taken for stopped."""
 GIVE_WAY: LiteralString = "SELECT pg_catalog.pg_advisory_xact_lock_shared(5108411773921046528)"
 """The first statement of a transaction of ours that writes to a moving table for long."""
 _TAKE_WAY: LiteralString = "SELECT pg_catalog.pg_advisory_xact_lock(5108411773921046528)"
@@ -123,8 +125,12 @@ def _try(connection: Connection, effect: Effect, change: Callable[[], None], loc
             connection.execute(_TAKE_WAY)
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{lock_timeout_ms}ms",))
             # A table stays locked neither by a long change, nor by a process that is stopped in the middle of one.
-            for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
-                connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", (setting, f"{lock_timeout_ms * 5}ms"))
+            longest_ms = lock_timeout_ms * 5
+            connection.execute(
+                "SELECT pg_catalog.set_config('statement_timeout', %s, true),"
+                " pg_catalog.set_config('idle_in_transaction_session_timeout', %s, true)",
+                (f"{longest_ms}ms", f"{max(longest_ms, STOPPED_MS)}ms"),
+            )
             change()
     except (errors.LockNotAvailable, errors.QueryCanceled, errors.DeadlockDetected):
         return False

@@ -142,12 +142,13 @@ def end_former(connection: Connection, move_id: str) -> None:
 
     To be called by who takes the move over. A former holder changes nothing any more, but what it locked would stay
     locked (a cutover's guards, a pass's entries, a table whose triggers were to change), and who comes next would wait
-    for as long as that process is stopped. An attendant that is ended with them tries again.
+    for as long as that process is stopped. An attendant that is ended with them tries again. Sessions of
+    another role are left alone.
     """
     with points.around(Effect.END_SESSIONS):
         connection.execute(
             "SELECT pg_catalog.pg_terminate_backend(a.pid, 1000) FROM pg_catalog.pg_stat_activity a"
-            " WHERE a.datname = pg_catalog.current_database() AND a.application_name = %s"
+            " WHERE a.datname = pg_catalog.current_database() AND a.application_name = %s AND a.usename = session_user"
             " AND a.pid <> pg_catalog.pg_backend_pid() AND a.wait_event_type = 'Client' AND EXISTS"
             " (SELECT FROM pg_catalog.pg_locks l WHERE l.pid = a.pid AND l.granted"
             "  AND l.locktype IN ('advisory', 'relation', 'transactionid'))",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ class TableComparison:
     extra: list[Position] = field(default_factory=list)
     different: list[Position] = field(default_factory=list)
     intervals: int = 0
+    keys_max: int = KEYS_LISTED_MAX
     counts: Counter[str] = field(default_factory=Counter)
     """How many rows differ, by kind, also those whose keys were not kept."""
     _hash_owner: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
@@ -129,7 +131,9 @@ class _Comparing:
     is_exact: bool
 
     def run(self) -> list[TableComparison]:
-        found = [TableComparison(table) for table in self.sides.tables]
+        # To mend by, every key is needed: those of rows on their way may come first.
+        keys_max = KEYS_LISTED_MAX if self.is_exact else sys.maxsize
+        found = [TableComparison(table, keys_max=keys_max) for table in self.sides.tables]
         name = fence.application_name(self.sides.move.id)
         with connect(self.sides.owner_dsn, application_name=name) as cutter:
             sizer = BatchSizer(self.limits)
@@ -186,7 +190,7 @@ class _Comparing:
         entry = found[each.ordinal - 1]
         entry.add(owner, other)
         sizer.learn(owner.rows, owner.size_bytes, time.monotonic() - each.begun)
-        if owner != other:
+        if owner != other and (self.is_exact or other.rows):  # a row that is missing is in nobody's way
             _list_differences(self.sides, pair, entry, each.interval)
         self.on_rows(entry.table, owner.rows)
 
@@ -211,7 +215,7 @@ def _list_differences(sides: Sides, pair: Pair, entry: TableComparison, interval
         different = list(owner)  # the bytes differ where their text does not: any of these rows
     kinds = {"missing": missing, "extra": extra, "different": different}
     for (kind, keys), kept in zip(kinds.items(), (entry.missing, entry.extra, entry.different), strict=True):
-        kept += keys[: KEYS_LISTED_MAX - len(kept)]
+        kept += keys[: entry.keys_max - len(kept)]
         entry.counts[kind] += len(keys)
 
 

@@ -45,8 +45,8 @@ def equal_snapshots(open_mirror: Callable[[], Mirror], *, giver_dsn: str, receiv
         mirror = stack.enter_context(open_mirror())
         mirror.work_off(BACKLOG_ROWS)
         name = fence.application_name(mirror.move.id)
-        giver = stack.enter_context(_closing(connect(giver_dsn, application_name=name)))
-        receiver = stack.enter_context(_closing(connect(receiver_dsn, application_name=name)))
+        giver = stack.enter_context(_holder(giver_dsn, name))
+        receiver = stack.enter_context(_holder(receiver_dsn, name))
         with _catch_up_lock(mirror):
             _empty_pass(mirror, giver)
             points.reach("pairs.between_snapshots")
@@ -59,10 +59,7 @@ def equal_snapshots(open_mirror: Callable[[], Mirror], *, giver_dsn: str, receiv
 def any_snapshots(*, giver_dsn: str, receiver_dsn: str, application_name: str) -> Iterator[Pair]:
     """A pair of about the same moment: what is on its way differs, too. Enough to mend by, never to verify by."""
     with ExitStack() as stack:
-        sessions = [
-            stack.enter_context(_closing(connect(dsn, application_name=application_name)))
-            for dsn in (giver_dsn, receiver_dsn)
-        ]
+        sessions = [stack.enter_context(_holder(dsn, application_name)) for dsn in (giver_dsn, receiver_dsn)]
         for session in sessions:
             session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         giver, receiver = map(_exported, sessions)
@@ -70,8 +67,11 @@ def any_snapshots(*, giver_dsn: str, receiver_dsn: str, application_name: str) -
 
 
 @contextmanager
-def _closing(connection: Connection) -> Iterator[Connection]:
+def _holder(dsn: str, application_name: str) -> Iterator[Connection]:
+    """A session that stands in a transaction, for as long as the intervals of its snapshot take, and holds no lock."""
+    connection = connect(dsn, application_name=application_name)
     try:
+        connection.execute("SET idle_in_transaction_session_timeout = 0")
         yield connection
     finally:
         connection.close()
