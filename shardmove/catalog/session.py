@@ -77,7 +77,8 @@ def connect(dsn: str, *, application_name: str) -> Connection:
     with translated(connection):
         # Who waits waits for longer than one that is stopped in a transaction of several statements (`apply`) may live.
         connection.execute(
-            "SELECT set_config('lock_timeout', '5s', false), set_config('idle_in_transaction_session_timeout', '3s', false)"
+            "SELECT set_config('lock_timeout', '5s', false),"
+            " set_config('idle_in_transaction_session_timeout', '3s', false)"
         )
     return connection
 
