@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.errors import FlakyFailure
+from hypothesis.errors import FlakyFailure, FlakyStrategyDefinition
 from hypothesis.stateful import (
     RULE_MARKER,
     RuleBasedStateMachine,
@@ -265,6 +265,10 @@ def play(made: type[Machine], *, number: int, examples: int, shrinks: bool = Tru
         run_state_machine_as_test(seed(number)(made), settings=chosen)
     except FlakyFailure as flaky:  # threads and clocks are real: what failed once has failed
         raise flaky.exceptions[0] from flaky
+    except FlakyStrategyDefinition:
+        # The same draws came to another state: clocks again. Hypothesis cannot go on from it; nothing has failed.
+        if made.failed.exists():
+            raise
 
 
 def replay(ground: Ground, script: str, *, tell: Any = print) -> None:
