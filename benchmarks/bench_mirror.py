@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import workload
 from benchmarks.workload import Site
-from shardmove.postgres.connect import connect
 from shardmove.protocol.catch_up import Mirror
 from tests.support.engine import Engine
+from tests.support.servers import connect
 
 pytestmark = [pytest.mark.benchmark(group="mirror"), pytest.mark.timeout(1800)]
 
