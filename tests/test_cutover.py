@@ -60,8 +60,6 @@ POINTS: Final = (
     "cutover.after_empty",
     "flip.before",
     "flip.after",
-    "flip.after",
-    "open.before",
     "open.before",
     "open.after",
     "give_away.after",

@@ -75,11 +75,7 @@ def connect(dsn: str, *, application_name: str) -> Connection:
     connection = postgres.connect(dsn, application_name=application_name)
     connection.prepare_threshold = None  # they are few, and far between
     with translated(connection):
-        # Who waits waits for longer than one that is stopped in a transaction of several statements (`apply`) may live.
-        connection.execute(
-            "SELECT set_config('lock_timeout', '5s', false),"
-            " set_config('idle_in_transaction_session_timeout', '3s', false)"
-        )
+        connection.execute(upgrade.PATIENCE)
     return connection
 
 

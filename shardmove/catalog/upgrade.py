@@ -23,6 +23,12 @@ Connection: TypeAlias = psycopg.Connection[Any]
 
 STOPPED_S = 30
 """So long may a process stand still with the lock of an upgrade."""
+PATIENCE: LiteralString = (
+    "SELECT set_config('lock_timeout', '5s', false), set_config('idle_session_timeout', '0', false),"
+    " set_config('idle_in_transaction_session_timeout', '3s', false)"
+)
+"""Of every session on the catalog, but during an upgrade: who waits waits for longer than one that is stopped in a
+transaction of several statements (`apply`) may live."""
 _LOCK: LiteralString = "hashtextextended('shardmove_catalog.upgrade', 0)"
 
 
@@ -115,11 +121,8 @@ def _alone(connection: Connection) -> Iterator[None]:
         yield
     finally:
         if not connection.closed:  # a connection that died has let go of the lock
-            connection.execute(
-                "SELECT pg_advisory_unlock(" + _LOCK + "), set_config('lock_timeout', '5s', false),"
-                " set_config('idle_session_timeout', '0', false),"
-                " set_config('idle_in_transaction_session_timeout', '3s', false)"
-            )
+            connection.execute("SELECT pg_advisory_unlock(" + _LOCK + ")")
+            connection.execute(PATIENCE)
 
 
 def _prepare(connection: Connection) -> None:

@@ -1,8 +1,8 @@
 """Control points: named places in the protocol where a test may stop, kill or interleave.
 
 There is one before and one after every `Effect`, which is whatever the engine changes outside its own memory: a commit,
-or a call that no transaction undoes. `postgres/effects.py` is the only way to have one, so none is without its points.
-Between them are the points of `PLACES`, where interleavings matter but nothing has been committed.
+or a call that no transaction undoes. Commits are in `postgres/effects.py` only, such calls within `around`, so none is
+without its points. Between them are those of `PLACES`, where interleavings matter but nothing has been committed.
 
 The product calls `reach(name)` at each; nothing happens unless somebody armed the name in this process
 (`faults.py` arms whole processes from outside).

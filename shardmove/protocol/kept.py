@@ -20,6 +20,7 @@ from shardmove.protocol.families import enable_always
 from shardmove.protocol.parts import EVENTS, KEPT_PREFIX
 
 STOPPED_S = 30
+"""So long may a process stand still with the lock of `changing`."""
 
 
 def kept_ranges(connection: Connection, keyspace: Keyspace) -> tuple[KeyRange, ...]:

@@ -16,6 +16,7 @@ from psycopg import sql
 from shardmove.config import Limits
 from shardmove.domain.digests import Digest
 from shardmove.domain.moves import Direction, Move
+from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, connect
 from shardmove.postgres.introspect import Table
 from shardmove.postgres.sql import Interval, Position, names
@@ -227,7 +228,6 @@ def _row_hashes(sides: Sides, table: Table, interval: Interval, dsn: str, snapsh
         in_move(sides.move, table),
         table.within(interval),
     )
-    with connect(dsn, application_name=fence.application_name(sides.move.id)) as connection:
-        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
+    name = fence.application_name(sides.move.id)
+    with connect(dsn, application_name=name) as connection, effects.snapshot(connection, snapshot):
         return {tuple(row[:-1]): row[-1] for row in connection.execute(query).fetchall()}
