@@ -15,7 +15,7 @@ MINUTES ?=
 SCRIPT ?=
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv demo test lint format model fault machine schemas bench lock clean
+.PHONY: help venv demo test lint format model fault machine schemas bench conformance bank lock clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -63,6 +63,13 @@ schemas: $(READY) ## moves of random schemas: SEEDS=200 of them, from FIRST=0 on
 
 bench: $(READY) ## the benchmarks, beside their peers
 	$(PYTEST) benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks.router
+
+conformance: $(READY) ## drivers' own test suites through the router: PSYCOPG=path ASYNCPG=path of their sources
+	$(BIN)/python -m tests.conformance $(if $(PSYCOPG),--psycopg $(PSYCOPG)) $(if $(ASYNCPG),--asyncpg $(ASYNCPG))
+
+bank: $(READY) ## a bank behind two routers that are killed, while its accounts move, for MINUTES=5
+	$(BIN)/python -m tests.bank --minutes $(or $(MINUTES),5)
 
 lock: $(READY) ## requirements.lock anew, from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra embedded --extra dev \

@@ -253,6 +253,18 @@ def test_marks_are_kept_beside_the_state(catalog: Catalog, lease: Lease) -> None
     assert [event.kind for event in catalog.events("m1")] == ["error", "paused", "resumed"]
 
 
+@pytest.mark.parametrize("was_paused", [False, True])
+def test_nobody_marks_a_finished_move(catalog: Catalog, lease: Lease, was_paused: bool) -> None:
+    """A `pause`, or a `resume`, that was stopped before its effect wakes up after the move's end."""
+    catalog.set_paused("m1", was_paused)
+    go(catalog, lease, State.PENDING, State.ROLLING_BACK)
+    go(catalog, lease, State.ROLLING_BACK, State.ROLLED_BACK)
+    before = catalog.events("m1")
+    catalog.set_paused("m1", not was_paused)
+    assert catalog.move("m1").paused is was_paused
+    assert catalog.events("m1") == before
+
+
 def test_events_are_read_in_pieces(catalog: Catalog) -> None:
     last = catalog.events()[-1].id
     for n in range(5):

@@ -339,7 +339,7 @@ def test_the_file_never_goes_back_and_is_whole_at_every_moment(tmp_path: Path) -
 
     def write(first: int) -> None:
         for epoch in range(first, 120, 4):
-            export_routes(RouteTable(epoch, {"shop": split(epoch)}), path)
+            export_routes(RouteTable(epoch, {"shop": split(epoch)}), path, patience_s=60)
 
     def read() -> None:
         last = 0
@@ -357,6 +357,34 @@ def test_the_file_never_goes_back_and_is_whole_at_every_moment(tmp_path: Path) -
     assert json.loads(path.read_text())["epoch"] == 119
     assert not export_routes(RouteTable(3, {"shop": split(3)}), path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".routes.json.lock", "routes.json"]
+
+
+def test_a_writer_that_is_stopped_holds_nobody_up_and_writes_the_newest_epoch_in_the_end(
+    catalog: Catalog, dsn: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "routes.json"
+    arrived, wake = threading.Event(), threading.Event()
+
+    def stand(_: str) -> None:
+        arrived.set()
+        assert wake.wait(60)
+
+    def publish(base: int, at: int) -> int:
+        with Catalog.connect(dsn, routes_file=path) as exporting:
+            return exporting.publish(split(at), base=base, reason="a test")
+
+    with ThreadPoolExecutor(2) as pool:
+        with points.armed("export_routes.before", stand):
+            stopped = pool.submit(publish, 1, 100)
+            assert arrived.wait(60)
+        try:
+            assert pool.submit(publish, 2, 200).result(30) == 3
+        finally:
+            wake.set()
+        assert stopped.result(60) == 2
+    assert json.loads(path.read_text())["epoch"] == 3
+    (failed,) = [event.detail for event in catalog.events() if event.kind == "routes_file_failed"]
+    assert "another process has been writing it" in failed["error"]
 
 
 def test_a_file_of_another_cluster_or_of_nothing_is_replaced(tmp_path: Path) -> None:

@@ -337,6 +337,7 @@ def test_a_paused_move_is_not_cut_over_and_can_be_rolled_back(world: World, shel
     assert shell("cutover", planned).code == Exit.REFUSED
     assert shell("rollback", planned).code == Exit.DONE
     assert world.move(planned).state is State.ROLLED_BACK
+    assert "was rolled back" in shell("run", planned).stderr
 
 
 def test_a_run_that_fails_is_rolled_back_where_that_was_wanted(world: World, shell: Shell, planned: str) -> None:

@@ -37,7 +37,7 @@ BLIND: dict[str, tuple[str, str]] = {
 }
 """Which mechanism the commands go without, where they are struck, and what has to be seen."""
 
-COMPLETE = ("served", "create", "takeover", "pause", "mend", "estate")
+COMPLETE = ("served", "phases", "create", "takeover", "pause", "mend", "estate")
 """Scenarios that reach all points between them."""
 
 TRIES = 3

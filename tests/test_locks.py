@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import LiteralString
+from typing import Any, LiteralString
 
+import psycopg
 import pytest
 
 from shardmove.domain.errors import Failed
 from shardmove.domain.moves import TableName
 from shardmove.domain.points import Effect
+from shardmove.postgres import locks
+from shardmove.postgres.connect import Connection
 from shardmove.postgres.locks import GIVE_WAY, Patience, change_table, in_the_way
+from tests.support.engine import until
 from tests.support.servers import Databases, connect
+from tests.support.twins import Mechanism, spawn
 
 ORDERS = TableName("public", "orders")
 
@@ -105,3 +110,99 @@ def test_of_our_own_sessions_only_those_that_give_way_are_not_in_the_way(databas
         (who,) = in_the_way(connection, ORDERS, readers=True, longer_than_s=0, givers_of_way=False)
         assert "shardmove m9" in who
         assert len(in_the_way(connection, ORDERS, readers=True, longer_than_s=0)) == 2
+
+
+# --- who has used the table, and then writes
+
+
+PATIENT = Patience(lock_timeout_ms=30_000, total_s=60)
+"""Ours waits until the client has written: who loses is decided by the locks, and not by the clock."""
+
+ONE_TABLE: Sequence[LiteralString] = (
+    "CREATE TABLE public.orders (id bigint)",
+    "CREATE FUNCTION public.probe() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+    "CREATE TRIGGER old AFTER INSERT ON public.orders FOR EACH ROW EXECUTE FUNCTION public.probe()",
+)
+PARTITIONED: Sequence[LiteralString] = (
+    "CREATE TABLE public.orders (id bigint) PARTITION BY LIST (id)",
+    "CREATE TABLE public.orders_1 PARTITION OF public.orders DEFAULT",
+    *ONE_TABLE[1:],
+)
+MAKE: LiteralString = "CREATE TRIGGER new AFTER INSERT ON public.orders FOR EACH ROW EXECUTE FUNCTION public.probe()"
+DROP: LiteralString = "DROP TRIGGER old ON public.orders"
+
+
+@pytest.mark.parametrize(
+    ("tables", "used", "changes"),
+    [
+        # CREATE TRIGGER passes the reader, DROP TRIGGER waits for it: the reader's write would close the circle.
+        pytest.param(ONE_TABLE, "SELECT FROM public.orders", (MAKE, DROP), id="a stronger lock later"),
+        # DROP TRIGGER begins with the partitions: it would wait for the parent with their locks in its hands.
+        pytest.param(PARTITIONED, "SELECT FROM ONLY public.orders", (DROP,), id="partitions first"),
+        # CREATE TRIGGER begins with the parent: a client that came by the partition would wait for it there.
+        pytest.param(PARTITIONED, "INSERT INTO public.orders_1 VALUES (1)", (MAKE,), id="the parent first"),
+    ],
+)
+def test_who_has_used_a_table_and_writes_loses_to_no_change(
+    databases: Databases,
+    mechanism: Mechanism,
+    monkeypatch: pytest.MonkeyPatch,
+    tables: Sequence[LiteralString],
+    used: LiteralString,
+    changes: Sequence[LiteralString],
+) -> None:
+    mechanism.replace(locks, "_lock", lambda *_, **__: None)
+    dsn = databases("s1")["s1"]
+    with connect(dsn, application_name="shardmove m8") as connection, connect(dsn, application_name="client") as client:
+        connection.execute("SET deadlock_timeout = '20s'")  # ours would be the victim of nothing that takes time
+        client.execute("SET deadlock_timeout = '10ms'")
+        for statement in tables:
+            client.execute(statement)
+
+        def change() -> None:
+            for statement in changes:
+                connection.execute(statement)
+
+        tried = telling(monkeypatch)
+        client.execute("BEGIN")
+        client.execute(used)
+        drops = DROP in changes
+        changing = spawn(
+            lambda: change_table(connection, ORDERS, Effect.ARM, change, patience=PATIENT, readers_block=drops)
+        )
+        until(lambda: tried.is_set() or is_waiting(dsn, connection))
+        mechanism.judge(write(client))
+        changing.result(30)
+        names = client.execute("SELECT DISTINCT tgname FROM pg_trigger ORDER BY 1").fetchall()
+        assert names == [(name,) for name in ("new", "old") if {"new": MAKE in changes, "old": not drops}[name]]
+
+
+def telling(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once a try has ended, whichever way."""
+    tried, try_ = threading.Event(), locks._try
+
+    def try_and_tell(*args: Any, **options: Any) -> bool:
+        try:
+            return try_(*args, **options)
+        finally:
+            tried.set()
+
+    monkeypatch.setattr(locks, "_try", try_and_tell)
+    return tried
+
+
+def is_waiting(dsn: str, connection: Connection) -> bool:
+    query = "SELECT FROM pg_locks WHERE pid = %s AND NOT granted"
+    with connect(dsn, application_name="judge") as judge:
+        return judge.execute(query, (connection.info.backend_pid,)).rowcount > 0
+
+
+def write(client: Connection) -> list[str]:
+    """Writes to the table in the open transaction, and commits; returns what the server had against it."""
+    try:
+        client.execute("INSERT INTO public.orders VALUES (1)")
+    except psycopg.errors.DeadlockDetected as error:
+        client.execute("ROLLBACK")
+        return [str(error)]
+    client.execute("COMMIT")
+    return []

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
+from multiprocess.context import SpawnContext
 
 from shardmove.domain.errors import ConfigurationError, Failed, Interrupted, NotFound, WorkerDied
 from shardmove.postgres.connect import Connection
@@ -26,6 +27,7 @@ from workers.connections import Connections
 from workers.copy import BatchBlocked, BatchDone, CopyBatch
 from workers.executors import WAITING_PER_WORKER, Executor, InlineExecutor
 from workers.pool import DEATHS_MAX, ProcessExecutor
+from workers.process import serve
 
 ROOT = Path(__file__).parents[1]
 
@@ -325,6 +327,21 @@ def test_workers_end_with_a_killed_coordinator_also_in_the_middle_of_a_copy(hold
         until(lambda: waiters(lock) == 0)
     assert holding.fetch("s2", "SELECT count(*) FROM orders") == [(0,)]
     assert holding.fetch("s2", "SELECT count(*) FROM shardmove.batch") == [(0,)]
+
+
+@pytest.mark.parametrize("has_answered", [True, False])
+def test_a_worker_whose_pipe_ends_with_an_answer_in_it_or_before_it_ends_quietly(has_answered: bool) -> None:
+    """What a killed coordinator leaves: a reset where the answer lies there unread, else a pipe that takes none."""
+    context = SpawnContext()
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=serve, args=(theirs,), daemon=True)
+    worker.start()
+    theirs.close()
+    ours.send(Say("x"))
+    assert not has_answered or ours.poll(60)
+    ours.close()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def has_ended(process: psutil.Process) -> bool:

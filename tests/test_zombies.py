@@ -1,4 +1,4 @@
-"""Coordinators that wake up late: their move has gone on without them, or has ended. They change nothing."""
+"""Commands that wake up late: their move has gone on without them, or has ended. They change nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from shardmove.coordinator import planner
+from shardmove.catalog.store import Catalog
+from shardmove.coordinator import planner, uninstalling
 from shardmove.domain import points
-from shardmove.domain.errors import LeaseLost, ShardmoveError
+from shardmove.domain.errors import LeaseLost, ShardmoveError, Unreachable
 from shardmove.domain.keys import KeyRange
-from shardmove.domain.moves import State
+from shardmove.domain.moves import Direction, State
 from shardmove.protocol import fence, parts
 from tests.support.servers import Databases, connect
 from tests.support.world import World, in_background
@@ -122,6 +123,39 @@ def test_completing_late_refuses_nothing_that_came_back(world: World, is_held: b
         assert wake() is not None
     owner_refuses_its_own = not accepts(world, "s1", 25)
     assert owner_refuses_its_own is not is_held
+
+
+def test_a_cutover_back_that_wakes_up_after_the_end_of_its_move_says_so(world: World) -> None:
+    """It had read the sequences: meanwhile all of the margin was used up."""
+    move_id = world.split(at=20)
+    world.run(move_id, State.SWITCHED)
+    with asleep_at("set_sequence.before", lambda: world.cut_over(move_id, Direction.BACK)) as wake:
+        take_lease_away(world, move_id)
+        world.cut_over(move_id, Direction.BACK)
+        world.roll_back(move_id)
+        query = "SELECT setval(pg_get_serial_sequence(%s, %s), 2000000)"
+        with world.connect("s1") as application:
+            for table in ("orders", "customers"):
+                application.execute(query, (table, f"{table[:-1]}_id"))
+        assert isinstance(wake(), LeaseLost)
+    for table in ("orders", "customers"):
+        drawn = f"SELECT nextval(pg_get_serial_sequence('{table}', '{table[:-1]}_id'))"
+        assert world.fetch("s1", drawn) == [(2000001,)]
+
+
+def test_an_uninstall_that_is_stopped_holds_no_other_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.run(world.split(at=20), State.COMPLETED)
+    monkeypatch.setattr(uninstalling, "STOPPED_MS", 500)
+
+    def uninstall() -> None:
+        with Catalog.connect(world.config.catalog_dsn) as catalog:
+            uninstalling.uninstall(world.config, catalog, dry_run=False, tell=lambda _: None)
+
+    with asleep_at("uninstall_shard.before", uninstall, time=2) as wake:
+        in_background(uninstall)(BOUND_S)
+        assert isinstance(wake(), Unreachable)
+    for name in world.dsns:
+        assert world.fetch(name, "SELECT FROM pg_namespace WHERE nspname LIKE 'shardmove%'") == []
 
 
 def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(world: World) -> None:

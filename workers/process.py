@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,10 @@ def serve(pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faults.arm_as_ordered("worker")
     threading.Thread(target=_end_with_the_coordinator, name="leash", daemon=True).start()
-    with Connections() as connections:
+    # A coordinator that was killed with our answer unread leaves no EOF, but a reset: the pipe has ended all the same.
+    with Connections() as connections, suppress(EOFError, OSError):
         while True:
-            try:
-                task: Task[Any] = pipe.recv()
-            except EOFError:
-                return
+            task: Task[Any] = pipe.recv()
             pipe.send(_answer(task, connections))
 
 

@@ -10,24 +10,33 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from shardmove.domain import points
 from shardmove.domain.points import Effect
 from shardmove.domain.routes import RouteTable
 
+PATIENCE_S = 0.5
+"""So long is another writer of the file waited for, perhaps with a cutover behind us: writing takes milliseconds."""
+POLL_S = 0.002
 
-def export_routes(table: RouteTable, path: Path, *, cluster_id: str | None = None) -> bool:
+
+def export_routes(
+    table: RouteTable, path: Path, *, cluster_id: str | None = None, patience_s: float = PATIENCE_S
+) -> bool:
     """Writes the table unless the file has this epoch or a newer one; says whether it wrote.
 
     Shape: `{"epoch": 7, "ranges": [{"keyspace", "range": "L:U", "shard", "move", "held"}]}`, and `cluster` where the id
     is given. A file of another cluster, or one that cannot be read as JSON, is replaced whatever its epoch.
 
-    Raises OSError; the file is then as it was. Safe to repeat, and from several processes at once.
+    Raises OSError; the file is then as it was. TimeoutError where another process is at it, and perhaps stopped: who
+    writes looks for a newer epoch afterwards. Safe to repeat, and from several processes at once.
     """
-    with _locked(path):
+    with _locked(path, patience_s):
         if _epoch_in(path, cluster_id) >= table.epoch:
             return False
         _replace(path, json.dumps(_document(table, cluster_id), indent=2) + "\n")
@@ -51,11 +60,23 @@ def _document(table: RouteTable, cluster_id: str | None) -> dict[str, object]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, patience_s: float) -> Iterator[None]:
     # The lock is a file of its own: the one that is replaced cannot be it.
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        deadline = time.monotonic() + patience_s
+        while not _try_lock(lock):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process has been writing it for {patience_s:g} s")
+            time.sleep(POLL_S)
         yield
+
+
+def _try_lock(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _epoch_in(path: Path, cluster_id: str | None) -> int:

@@ -170,7 +170,10 @@ class Moves(Shape):
         )
 
     def set_paused(self, move_id: str, paused: bool) -> None:
-        """A mark that anyone may set. Safe to repeat; an event where it changed. Raises NotFound."""
+        """A mark that anyone may set; a finished move keeps its own. Safe to repeat; an event where it changed.
+
+        Raises NotFound.
+        """
         self._changed(Effect.SET_PAUSED, "SELECT shardmove_catalog.set_paused(%s, %s)", (move_id, paused))
 
     def set_error(self, move_id: str, error: str | None, lease_number: int) -> None:

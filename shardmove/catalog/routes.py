@@ -84,8 +84,13 @@ class RouteTables(Events):
             log.warning("routes_file_failed", extra={"path": str(self.routes_file), "error": str(error)})
 
     def _export(self, path: Path) -> None:
+        """Until the file has the newest epoch: who did not get its turn while we were at it leaves its own to us."""
+        exported = -1
         try:
-            export_routes(self.routes(), path, cluster_id=self.cluster_id())
+            while exported < self._value("SELECT epoch FROM shardmove_catalog.cluster"):
+                table = self.routes()
+                export_routes(table, path, cluster_id=self.cluster_id())
+                exported = table.epoch
         except OSError as error:
             log.warning("routes_file_failed", extra={"path": str(path), "error": str(error)})
             self.record("routes_file_failed", path=str(path), error=str(error))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from shardmove.catalog import upgrade
-from shardmove.catalog.leases import Leases
+from shardmove.catalog.routers import Routers
 from shardmove.catalog.session import connect, translated
 from shardmove.domain.errors import Refused
 from shardmove.domain.moves import ServerIdentity
@@ -14,10 +14,10 @@ from shardmove.domain.points import Effect
 from shardmove.postgres.identity import identity
 
 
-class Catalog(Leases):
+class Catalog(Routers):
     """Routes, plans, moves, leases, attempts and events of one cluster, over one connection. Not thread-safe.
 
-    What it offers is built floor by floor: `Events`, `RouteTables`, `Shape`, `Moves`, `Attempts`, `Leases`.
+    What it offers is built floor by floor: `Events`, `RouteTables`, `Shape`, `Moves`, `Attempts`, `Leases`, `Routers`.
     Each effect is one transaction. Errors are the house's own; after Unreachable the next call connects anew.
     """
 

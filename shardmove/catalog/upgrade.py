@@ -60,6 +60,7 @@ def _scripts(*names: str) -> Callable[[Connection], None]:
 HOOKS: tuple[Hook, ...] = (
     Hook(1, "0.1.0", True, _scripts("schema.sql", "functions.sql")),
     Hook(2, "0.2.0", True, _scripts("schema_2.sql")),
+    Hook(3, "0.2.0", True, _scripts("schema_3.sql")),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from shardmove.catalog.events import Event
 from shardmove.catalog.moves import Plan
+from shardmove.catalog.routers import RouterRecord
 from shardmove.coordinator.diagnose import Finding
 from shardmove.coordinator.estimating import Estimate, Rate, Size
 from shardmove.coordinator.preflight import Line
@@ -121,6 +122,22 @@ def _check(line: Line) -> Document:
         "problem": None if line.passed else message,
         "note": message if line.passed else None,
         "hint": found.hint if found else None,
+    }
+
+
+def statuses(moves: Sequence[Document], routers: Sequence[RouterRecord], epoch: int) -> Document:
+    return {"moves": list(moves), "epoch": epoch, "routers": [_router(each) for each in routers]}
+
+
+def _router(each: RouterRecord) -> Document:
+    return {
+        "id": each.id,
+        "name": each.name,
+        "host": each.host,
+        "process": each.process_id,
+        "epoch": each.acknowledged,
+        "silent_s": round(each.silent_s, 3),
+        "is_live": each.is_live,
     }
 
 

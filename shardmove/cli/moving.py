@@ -67,6 +67,26 @@ def revert(desk: Desk, any_id: Id, dry_run: DryRun = False) -> None:
 
 
 @verb(app)
+def phase(
+    desk: Desk,
+    any_id: Id,
+    number: Annotated[int, typer.Argument(metavar="1..5", min=1, max=5, help="Who gets the reads and writes.")],
+    share: Annotated[
+        float | None, typer.Option(metavar="P", help="Phase 4: this percentage of the sessions reads from the target.")
+    ] = None,
+    sample: Annotated[
+        float | None, typer.Option(metavar="F", help="Phase 3: this part of the reads, up to 1, is compared.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Although a gate is not met; it is recorded.")] = False,
+) -> None:
+    """Say who gets the reads of the range: 2 the source, 3 both, 4 the target; 5 is the cutover."""
+    part = None if share is None else share / 100
+    with _operator(desk, any_id) as (operator, moves):
+        operator.change_phase(moves, number, share=part, sample=sample, force=force)
+        _show_moves(desk, operator.config, operator.catalog, moves)
+
+
+@verb(app)
 def rollback(
     desk: Desk,
     any_id: Id,

@@ -148,6 +148,8 @@ def _outcome(move: Document) -> str:
     line = f"move [bold]{move['id']}[/bold] is [bold]{move['state']}[/bold]"
     if move["paused"]:
         line += ", paused"
+    if move["phase"] in (3, 4):
+        line += f", in phase {move['phase']}: {'; '.join(_reads(move))}"
     longest_ms = move["stall_ms"]["max"]
     if longest_ms is not None:
         line += f"; its cutovers held up writes for {longest_ms:.0f} ms at most"
@@ -164,10 +166,38 @@ _NEXT: Mapping[str, str] = {
 
 def statuses(document: Document) -> RenderableType:
     if not document["moves"]:
-        return "no move is unfinished"
+        return Group("no move is unfinished", *_routers(document))
     rows = [_status_row(move) for move in document["moves"]]
-    heads = ("move", "ranges", "from", "to", "state", "for", "rows", "size", "rows/s", "ETA", "backlog", "notes")
-    return _table(heads, rows, right=("for", "rows", "size", "rows/s", "ETA", "backlog"))
+    heads = (
+        "move",
+        "ranges",
+        "from",
+        "to",
+        "state",
+        "phase",
+        "for",
+        "rows",
+        "size",
+        "rows/s",
+        "ETA",
+        "backlog",
+        "notes",
+    )
+    table = _table(heads, rows, right=("phase", "for", "rows", "size", "rows/s", "ETA", "backlog"))
+    return Group(table, *_routers(document))
+
+
+def _routers(document: Document) -> list[Text]:
+    """A line for all of them; those that do not go by the newest epoch, or are silent, say so."""
+    if not document["routers"]:
+        return []
+    told = [
+        f"{each['name']} (silent for {each['silent_s']:.0f} s)"
+        if not each["is_live"]
+        else each["name"] + (f" (epoch {each['epoch']})" if each["epoch"] < document["epoch"] else "")
+        for each in document["routers"]
+    ]
+    return [Text(f"epoch {document['epoch']}; routers: {', '.join(told)}")]
 
 
 def _status_row(move: Document) -> Sequence[object]:
@@ -178,6 +208,7 @@ def _status_row(move: Document) -> Sequence[object]:
         move["source"],
         move["target"],
         move["state"],
+        move["phase"],
         duration((datetime.now(UTC) - datetime.fromisoformat(move["state_since"])).total_seconds()),
         ""
         if copied is None
@@ -193,10 +224,23 @@ def _status_row(move: Document) -> Sequence[object]:
 def _notes(move: Document) -> list[str]:
     notes = ["paused"] if move["paused"] else []
     notes += ["unattended"] if move["unattended"] else []
+    notes += _reads(move)
     notes += [f"held by {move['holder']}"] if move["holder"] else []
     if move["stall_ms"]["max"] is not None:
         notes.append(f"stall {move['stall_ms']['max']:.0f} ms at most")
     return notes + ([f"error: {move['error']}"] if move["error"] else [])
+
+
+def _reads(move: Document) -> list[str]:
+    """Who is read, where that is not as in every move."""
+    match move["phase"]:
+        case 3:
+            counted = f"{move['reads_differing']:,} of {move['reads_compared']:,} reads differed"
+            return [f"{move['sample_rate']:.0%} of the reads compared: {counted}"]
+        case 4:
+            return [f"{move['read_share']:.0%} of the sessions read from {move['target']}"]
+        case _:
+            return []
 
 
 def verdicts(document: Document) -> RenderableType:

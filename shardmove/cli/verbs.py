@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # isort: off
 from shardmove.cli.root import app
-from shardmove.cli import cluster, planning, moving, watching, service
+from shardmove.cli import cluster, planning, moving, watching, service, router
 # isort: on
 
-__all__ = ["app", "cluster", "moving", "planning", "service", "watching"]
+__all__ = ["app", "cluster", "moving", "planning", "router", "service", "watching"]

@@ -41,7 +41,8 @@ def status(
 
 def _statuses(config: Config, catalog: Catalog, any_id: str | None) -> documents.Document:
     moves = catalog.moves(unfinished_only=True) if any_id is None else catalog.resolve(any_id)
-    return {"moves": [figures(config, catalog, move) for move in moves]}
+    shown = [figures(config, catalog, move) for move in moves]
+    return documents.statuses(shown, catalog.routers(), catalog.routes().epoch)
 
 
 def _watch(desk: Desk, config: Config, catalog: Catalog, any_id: str | None) -> None:

@@ -32,9 +32,11 @@ def copy(hold: Hold) -> None:
     """Copies what is not recorded yet, every row compared in its batch's own transaction; then `verifying`.
 
     Raises:
+        Refused: a router that is alive has not heard of the move. No row was copied by this call.
         Interrupted, LeaseLost, Failed, …: committed batches stay; the same step goes on from them.
     """
     accept_drift(hold)  # everything is compared after the copy anyway
+    hold.await_routers(f"copying rows to {hold.move.target}")  # who knows of the move reads no row of it there
     copy_missing(hold)
     hold.tell_stats()
     hold.transition(State.VERIFYING)

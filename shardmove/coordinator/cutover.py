@@ -3,6 +3,7 @@
     look        preconditions; transactions that would be waited for; catch up until the lag is small
     guard       both shards: table locks that keep DDL out, then fingerprint and identity; held to the end
     hold        catalog: attempt N is open, the range is held in a new epoch    ← who heard of it waits from here
+                routers acknowledge; a late one is not waited for for long
     close       giver: exclusive lock, fence closed for N                       ← and everybody from here
     empty       catch up until a full look finds nothing; sequences checked
     flip        catalog: one transaction makes the receiver the owner           ← this commit is the cutover
@@ -173,6 +174,7 @@ class _Crossing:
         return [
             Step("catch up", self._catch_up),
             Step(f"hold {ranges} in the route table, open an attempt", self._open_attempt),
+            Step("wait until the routers have acknowledged that", self._await_routers),
             Step(f"close the fence of {giver}: writes wait from here", self._close),
             Step("catch up until the journal is empty", self._empty),
             Step(f"sequences of {receiver} are still ahead", self._check_sequences),
@@ -200,7 +202,10 @@ class _Crossing:
     def _wait_for_writers(self) -> None:
         """Transactions that wrote to the range and stay open: a closing would hold up all writes behind them."""
         row = fence.read(self.hold.connection(self.giver), self.hold.move.id)
-        assert row is not None, "preconditions"
+        if row is None:  # it was there when we looked; whoever was stopped since then may find the move at its end
+            raise LeaseLost(
+                f"move {self.hold.move.id}: another coordinator has taken over, and the move has ended on {self.giver}"
+            )
         deadline = time.monotonic() + self.limits.cutover_grace_s
         while True:
             slow = fence.holders(
@@ -258,9 +263,22 @@ class _Crossing:
                 base_epoch=table.epoch,
             )
 
+        self.hold.catalog.listen_for_acknowledgements()
         self.attempt_ = retried(once)
         self.known_routes = self.hold.catalog.routes()
         points.reach("cutover.after_hold")
+
+    def _await_routers(self) -> None:
+        """Transactions that routers hold do not run into the closed fence. No more than that: the fence decides."""
+        assert self.known_routes is not None
+        late = self.hold.catalog.await_acknowledgements(
+            self.known_routes.epoch, self.limits.router_grace_ms / 1000, check=self.hold.check
+        )
+        if late and self.limits.late_routers == "give_up":
+            names = ", ".join(map(str, late))
+            raise NotNow(f"routers have not acknowledged the hold in {self.limits.router_grace_ms:g} ms: {names}")
+        if late:
+            self.hold.progress.step(f"not waited for any longer: {', '.join(map(str, late))}")
 
     def _routes(self, routes: Routes, owner: str, *, held: bool) -> Routes:
         return routes.assign(self.hold.move.ranges, shard=owner, move_id=self.hold.move.id, held=held)

@@ -55,6 +55,8 @@ def diagnose(config: Config, catalog: Catalog, moves: Sequence[Move] | None = No
         found += _in_catalog(config, catalog, move)
     for shard in sorted(_shards(config, looked_at, everything)):
         found += _on_shard(config, catalog, shard, looked_at, everything)
+    if everything:
+        found += _routers(catalog)
     return found
 
 
@@ -103,6 +105,25 @@ def _journal(config: Config, catalog: Catalog, move: Move) -> Iterator[Finding]:
         yield Finding(
             f"move {move.id}", f"{figures['journal_backlog']} changes wait in the journal", f"shardmove run {move.id}"
         )
+
+
+def _routers(catalog: Catalog) -> Iterator[Finding]:
+    """Those that are silent, and those that live and have not gone over to an epoch that is not quite new."""
+    known = catalog.routers()
+    lagging = {each.id for each in catalog.lagging_routers()}
+    for each in known:
+        if not each.is_live:
+            yield Finding(
+                f"router {each}",
+                f"has been silent for {each.silent_s:.0f} s, and did not take its leave",
+                "start it again, or look at its log; it is forgotten after ten minutes",
+            )
+        elif each.id in lagging:
+            yield Finding(
+                f"router {each}",
+                f"still acts by epoch {each.acknowledged}: cutovers do not wait for it, changes of phase do in vain",
+                "look at SHOW CLIENTS for transactions that do not end; restart it",
+            )
 
 
 # --- what a shard says

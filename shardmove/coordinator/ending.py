@@ -76,6 +76,7 @@ def _grace(hold: Hold) -> None:
         switched_for_s = (datetime.now(UTC) - hold.move.state_since).total_seconds()
         hold.stop.wait(max(0.0, hold.config.limits.keep_source_s - switched_for_s))
         hold.check()
+    hold.await_routers(f"erasing the range on {hold.move.source}")
 
 
 def _last_catch_up(hold: Hold) -> None:
@@ -130,6 +131,10 @@ def _retreat(hold: Hold) -> list[Step]:
     source, target, ranges = hold.move.source, hold.move.target, hold.move.ranges_text
     return [
         Step("the move is given up", lambda: _enter(hold, State.ROLLING_BACK)),
+        Step(
+            f"wait until no router reads from {target}",
+            lambda: hold.await_routers(f"erasing the range on {target}"),
+        ),
         Step(f"end mirroring into {target}", lambda: _retire_target(hold)),
         Step(f"triggers off: remove our objects from {source}", lambda: remove(hold, source)),
         Step(f"erase what was copied of {ranges} on {target}: reverse deletes", lambda: _reverse_deletes(hold)),

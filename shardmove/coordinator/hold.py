@@ -28,6 +28,9 @@ RETRIES_OF_A_TRANSITION = 20
 PAUSE_LOOK_S = 1.0
 """How soon a running step sees that the move was paused."""
 
+ROUTERS_PATIENCE_S = 15.0
+"""How long routers are waited for before their reads' side is changed or erased; one that dies is let go sooner."""
+
 
 @dataclass(slots=True)
 class Hold:
@@ -129,6 +132,21 @@ class Hold:
                     raise
         self.refresh()
         self.progress.state(after)
+
+    def await_routers(self, what: str) -> None:
+        """Waits until every router that is alive goes by the newest epoch, as published before this call.
+
+        Raises Refused where one does not, naming it, with `what` waits for it. Without routers there is no waiting.
+        """
+        epoch = self.catalog.routes().epoch
+        self.catalog.listen_for_acknowledgements()
+        late = self.catalog.await_acknowledgements(epoch, ROUTERS_PATIENCE_S, check=self.check)
+        if late:
+            raise Refused(
+                f"move {self.move.id}: {what} waits for routers that have not acknowledged epoch {epoch}:"
+                f" {', '.join(map(str, late))}",
+                hint="look at their logs, or stop them: one that is silent is not waited for",
+            )
 
     def tell_stats(self) -> None:
         """Writes the progress counters to the catalog, for `status`."""

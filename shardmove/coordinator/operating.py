@@ -19,7 +19,7 @@ from typing import Final, TypeAlias
 
 from shardmove.catalog.store import Catalog
 from shardmove.config import Config
-from shardmove.coordinator import ending, preflight
+from shardmove.coordinator import ending, phases, preflight
 from shardmove.coordinator.checks.servers import ANSWERS, not_answering
 from shardmove.coordinator.checks.site import CATALOG_PLACE, Site
 from shardmove.coordinator.cutover import EDGES, Report, cut_over
@@ -85,6 +85,7 @@ CUT_OVER = {
     Direction.BACK: Reach(done=frozenset(), missed=frozenset(State) - {State.READY, State.SWITCHED}),
 }
 """Also a move that was cut over already is gone to: its shards may not have taken the decision yet."""
+PHASE = Reach(done=frozenset(), missed=ENDED | GIVEN_UP)
 
 Failure: TypeAlias = tuple[Move, Exception]
 
@@ -215,6 +216,21 @@ class Operator:
                     held.progress.step(f"nothing to do: it is {after}")
                 reports.append(cut_over(held, direction, dry_run=dry_run))
         return reports
+
+    def change_phase(
+        self,
+        moves: Sequence[Move],
+        wanted: int,
+        *,
+        share: float | None = None,
+        sample: float | None = None,
+        force: bool = False,
+    ) -> None:
+        """Brings each move to the traffic phase. Raises what `phases.change_phase` raises."""
+        phases.check_words(wanted, share=share, sample=sample)
+        for move in self._within(PHASE, moves):
+            with self._begun(move, "phase", False) as held:
+                phases.change_phase(held, wanted, share=share, sample=sample, force=force)
 
     def complete(self, moves: Sequence[Move], *, dry_run: bool = False) -> None:
         """Completes each move. Raises what `ending.complete` raises."""

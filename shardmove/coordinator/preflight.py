@@ -94,8 +94,8 @@ def require_state(move: Move, wanted: State, what: str) -> None:
 
 
 def require_unpaused(move: Move) -> None:
-    """Raises Refused where somebody paused the move."""
-    if move.paused:
+    """Raises Refused where somebody paused the move; of one that is at its end the state says more."""
+    if move.paused and not move.state.is_final:
         raise Refused(f"move {move.id} is paused", hint=f"`shardmove resume {move.id}`")
 
 

@@ -26,6 +26,7 @@ def status(config: Config, catalog: Catalog, move: Move) -> dict[str, Any]:
     Rows are counted from the target's own batch records; `rows_estimate` is the servers' statistics, rough.
     """
     stats = catalog.stats(move.id)
+    traffic = catalog.traffic(move.id)
     holder = catalog.holder(move.id)
     held = holder is not None and holder.is_connected
     with ExitStack() as stack:
@@ -42,11 +43,11 @@ def status(config: Config, catalog: Catalog, move: Move) -> dict[str, Any]:
         "target": move.target,
         "state": str(move.state),
         "state_since": move.state_since.isoformat(),
-        "phase": 5
-        if move.state in (State.SWITCHED, State.CLEANING, State.COMPLETED)
-        else 2
-        if move.state in MIRRORED
-        else 1,
+        "phase": traffic.phase,
+        "read_share": traffic.read_share,
+        "sample_rate": traffic.sample_rate,
+        "reads_compared": traffic.compared,
+        "reads_differing": traffic.differing,
         "paused": move.paused,
         "throttled": False,
         "rows_estimate": stats.get("rows_estimate"),

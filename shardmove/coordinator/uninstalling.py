@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from psycopg import sql
+from psycopg import errors, sql
 
 from shardmove.catalog.store import Catalog
 from shardmove.config import Config
 from shardmove.coordinator.steps import Step, perform, pretend
-from shardmove.domain.errors import Refused
+from shardmove.domain.errors import Failed, Refused
 from shardmove.domain.moves import TableName
 from shardmove.domain.points import Effect
 from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection, connect, translated
-from shardmove.postgres.locks import Patience, change_table
+from shardmove.postgres.locks import STOPPED_MS, Patience, change_table
 from shardmove.protocol import objects
 
 APPLICATION_NAME = "shardmove uninstall"
@@ -134,7 +134,7 @@ def _steps(shard: str, connection: Connection, patience: Patience) -> Iterator[S
             f"drop {', '.join(triggers)} on {table} on {shard}",
             lambda table=table, triggers=triggers: _drop_triggers(connection, table, triggers, patience),  # type: ignore[misc]
         )
-    yield Step(f"drop the schema shardmove on {shard}", lambda: _drop_schema(connection))
+    yield Step(f"drop the schema shardmove on {shard}", lambda: _drop_schema(connection, shard, patience))
 
 
 def _drop_triggers(connection: Connection, table: TableName, triggers: Sequence[str], patience: Patience) -> None:
@@ -149,6 +149,19 @@ def _drop_triggers(connection: Connection, table: TableName, triggers: Sequence[
     change_table(connection, table, Effect.UNINSTALL_TABLE, drop, patience=patience, readers_block=True)
 
 
-def _drop_schema(connection: Connection) -> None:
-    with effects.writing(connection, Effect.UNINSTALL_SHARD):
-        connection.execute("DROP SCHEMA shardmove CASCADE")
+def _drop_schema(connection: Connection, shard: str, patience: Patience) -> None:
+    try:
+        with effects.writing(connection, Effect.UNINSTALL_SHARD):
+            # Another `uninstall` waits for us to end: where this process is stopped, the server ends the session.
+            connection.execute(
+                "SELECT pg_catalog.set_config('lock_timeout', %s, true),"
+                " pg_catalog.set_config('idle_in_transaction_session_timeout', %s, true)",
+                (f"{max(1, round(patience.total_s * 1000))}ms", f"{STOPPED_MS}ms"),
+            )
+            connection.execute("DROP SCHEMA shardmove CASCADE")
+    except errors.LockNotAvailable:
+        raise Failed(
+            f"could not drop the schema shardmove on {shard} within {patience.total_s:g} s: a transaction that used"
+            " something in it is still open",
+            hint="end that transaction (pg_locks has it), then run the same command again",
+        ) from None

@@ -11,6 +11,9 @@ A killed writer therefore leaves an intent without an outcome, which is an unkno
 be as before or as after. A transaction that was tried again has several intents; the last one counts. Writers own
 disjoint tenants, so the order within a file is the order in which a row changed.
 
+A single statement is committed before its client can know the row that it made: its first intent says `ANYTHING` of
+that row, and the second one, after the answer, what it is.
+
 The *baseline* is every row before the first write, read by plain SQL: rows that no writer ever touches must stay so.
 """
 
@@ -30,6 +33,9 @@ Image: TypeAlias = str | None
 Rows: TypeAlias = dict[str, dict[str, Any]]
 """Table → primary key as 'tenant,id,…' → an Image, or a frozenset of them where the outcome is unknown."""
 
+ANYTHING = "*"
+"""Of a row: whatever it is. No row reads so, since a row's text begins with a parenthesis."""
+
 BASELINE = "baseline.json"
 _WRITERS = "writer-*.jsonl"
 
@@ -45,9 +51,13 @@ class Write:
     """One write transaction as its client saw it. Times are `time.monotonic()`, one clock for all of the machine.
 
     Attributes:
-        shard: where the latest attempt ran; for an acknowledged write, the shard that acknowledged it.
+        shard: where the latest attempt ran, and for an acknowledged write, the shard that acknowledged it; None where
+            the client cannot know.
         disturbed_at: when it first met a hold or a refusing fence, or None.
         error: what the client was told, where it was not success.
+        is_single: one statement outside a transaction, which nobody tries again.
+        fenced: attempts that a fence ended.
+        collided: attempts that a serialization failure or deadlock of the writers' own ended.
     """
 
     number: int
@@ -62,6 +72,9 @@ class Write:
     attempts: int
     disturbed_at: float | None = None
     error: str | None = None
+    is_single: bool = False
+    fenced: int = 0
+    collided: int = 0
 
 
 _WRITE_FIELDS = tuple(f.name for f in fields(Write))
@@ -104,7 +117,9 @@ class Book:
 
 def allows(state: Any, image: Image) -> bool:
     """Whether a row of that state in the ledger may look like this in a shard."""
-    return image in state if isinstance(state, frozenset) else bool(image == state)
+    if isinstance(state, frozenset):
+        return image in state or ANYTHING in state
+    return bool(image == state)
 
 
 def new_ledger_path(directory: Path, generation: int, writer: str) -> Path:

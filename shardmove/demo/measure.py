@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmove.demo.ledger import Outcome, Write
@@ -33,9 +33,10 @@ class Stall:
     Attributes:
         stall_ms: the longest time from invocation to acknowledgement, retries included, of any write to the range
             that overlaps the interval from `begins` to `ends`.
-        begins: first hold or refusal that a writer met; where none did, the old owner's last acknowledgement.
+        begins: first hold or refusal that a writer met; where none did, the old owner's last acknowledgement. Behind a
+            router, which tells neither: when the range was held in the catalog.
         ends: first acknowledgement by the new owner.
-        disturbed: how many writes met a hold or a refusal.
+        disturbed: how many writes met a hold or a refusal; behind a router, how many were under way meanwhile.
     """
 
     stall_ms: float
@@ -88,6 +89,61 @@ def stall(
     begins = min(met, default=old_owner_last)
     took = [w.ended - w.started for w in acknowledged if w.started <= max(begins, ends) and w.ended >= begins]
     return Stall(max(took, default=0.0) * 1000, begins, ends, len(met))
+
+
+def stall_around(
+    writes: Iterable[Write], opened: float, flipped: float, *, within: Callable[[int], bool] = everything
+) -> Stall | None:
+    """The stall of a cutover for clients that do not know which shard answered them.
+
+    The catalog says when the range was held (`opened`, of the first attempt) and when the owner changed (`flipped`).
+    Both fences are closed at the flip, so whatever is acknowledged later is the new owner's. None where nothing is.
+    """
+    acknowledged = [w for w in _acknowledged(writes, within) if w.ended >= opened]
+    ends = min((w.ended for w in acknowledged if w.ended >= flipped), default=None)
+    if ends is None:
+        return None
+    took = [w.ended - w.started for w in acknowledged if w.started <= ends]
+    return Stall(max(took) * 1000, opened, ends, len(took))
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """What the clients of a router were told, by kind of write.
+
+    Attributes:
+        singles, transactions: how many were acknowledged.
+        single_errors: errors of single statements, of any kind.
+        collided: attempts of transactions that a serialization failure or a deadlock among the writers ended.
+        fenced: attempts of transactions that a cutover ended, where another attempt is the answer: the transaction had
+            begun with a read, or elsewhere.
+        fenced_first: the same where its first statement wrote to the moving range, and stayed. None may.
+    """
+
+    singles: int
+    single_errors: int
+    transactions: int
+    collided: int
+    fenced: int
+    fenced_first: int
+
+
+def behaviour(
+    writes: Sequence[Write], *, within: Callable[[int], bool] = everything, late: Container[str] = ()
+) -> Behaviour:
+    """`within`: the tenants of the moving range; `late`: operations that do not begin with a write, or take it back."""
+    blocks = [w for w in writes if not w.is_single]
+    fenced = Counter[bool]()
+    for write in blocks:
+        fenced[within(write.tenant) and write.operation not in late] += write.fenced
+    return Behaviour(
+        singles=sum(w.is_single and w.outcome is Outcome.ACKNOWLEDGED for w in writes),
+        single_errors=sum(w.is_single and w.outcome is Outcome.FAILED for w in writes),
+        transactions=sum(w.outcome is Outcome.ACKNOWLEDGED for w in blocks),
+        collided=sum(w.collided for w in blocks),
+        fenced=fenced[False],
+        fenced_first=fenced[True],
+    )
 
 
 def percentile(ascending: Sequence[float], percent: float) -> float:

@@ -24,6 +24,7 @@ from shardmove.demo.shop import CUSTOMERS, ITEMS, ORDERS, TENANTS, WRITTEN_TABLE
 Connection: TypeAlias = psycopg.Connection[Any]
 Key: TypeAlias = tuple[int, ...]
 
+KEY_VALUES: Final = ("tenant", "order", "line")  # of the rows that single statements write, in the order of their keys
 CASCADE_MAX = 12  # orders of a customer that is deleted or moved at once
 GRAVES_MAX = 50
 
@@ -83,7 +84,11 @@ def _statement(table: Table, template: LiteralString) -> Statement:
 
 @dataclass(slots=True)
 class Attempt:
-    """One attempt at one operation: its connection, its dice, and the changes that it made so far."""
+    """One attempt at one operation: its connection, its dice, and the changes that it made so far.
+
+    Attributes:
+        announce: is told the key of a row before it is written, where that is a statement of its own.
+    """
 
     conn: Connection
     tenant: Tenant
@@ -91,6 +96,7 @@ class Attempt:
     dice: random.Random
     version: int
     changes: dict[tuple[Table, Key], Known | None] = field(default_factory=dict)
+    announce: Callable[[Table, Key], None] | None = None
 
     def pick(self, table: Table, tenant: Tenant | None = None) -> tuple[Key, Known]:
         """One of the tenant's rows. Skips where it has none."""
@@ -103,6 +109,8 @@ class Attempt:
     def write(self, statement: Statement, rows: int | None = 1, **values: Any) -> list[Key]:
         """Runs it, notes every returned row, and returns their keys. Surprised unless they are `rows` in number."""
         values = {"tenant": self.tenant.id, "new_version": self.version, **values}
+        if self.announce is not None:
+            self.announce(statement.table, tuple(values[name] for name in KEY_VALUES if name in values))
         found = self.conn.execute(statement.text, values).fetchall()
         if rows is not None and len(found) != rows:
             raise Surprise(f"{len(found)} rows instead of {rows} of {statement.table.name} with {_keys(values)}")
@@ -274,6 +282,19 @@ def remove_customer(a: Attempt) -> None:
         a.gone(ITEMS, a.tenant.items_of(order))
 
 
+_DELETE_ITEM = _statement(
+    ITEMS,
+    "DELETE FROM order_items t WHERE tenant_id = %(tenant)s AND order_id = %(order)s AND line = %(line)s"
+    " AND version = %(version)s RETURNING {}",
+)
+
+
+def remove_item(a: Attempt) -> None:
+    item, known = a.pick(ITEMS)
+    a.write(_DELETE_ITEM, order=item[1], line=item[2], version=known.version)
+    a.gone(ITEMS, [item])
+
+
 # --- several statements -----------------------------------------------------------------------------------------------
 
 _INSERT_ITEMS = _statement(
@@ -286,11 +307,6 @@ _INSERT_ORDER_AGAIN = _statement(
     ORDERS,
     "INSERT INTO orders AS t (tenant_id, order_id, customer_id, amount, note, version)"
     " VALUES (%(tenant)s, %(order)s, %(customer)s, %(amount)s, 'again', %(new_version)s) RETURNING {}",
-)
-_DELETE_ITEM = _statement(
-    ITEMS,
-    "DELETE FROM order_items t WHERE tenant_id = %(tenant)s AND order_id = %(order)s AND line = %(line)s"
-    " AND version = %(version)s RETURNING {}",
 )
 _INSERT_ITEM_AGAIN = _statement(
     ITEMS,
@@ -512,3 +528,15 @@ MIX: Final[Mapping[Operation, float]] = {
     raise_all_quantities: 0.25,
 }
 """Operation → weight. Inserts and deletes are about even, so that the shop keeps its size."""
+
+SINGLES: Final[Mapping[Operation, float]] = {
+    change_order: 6,
+    rename_tenant: 3,
+    upsert_item: 5,
+    remove_item: 1,
+    revive_order: 1,
+}
+"""The same for single statements outside a transaction: those that know their row's key beforehand."""
+LATE: Final = frozenset({review_orders, mark_all_orders, raise_all_quantities, change_mind})
+"""Operations that stand in a transaction without a write of theirs, because the first statement reads, or the first
+savepoint was rolled back: the next write may meet a fence that was closed meanwhile."""

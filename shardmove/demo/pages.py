@@ -27,6 +27,10 @@ def typed(console: Console, words: Sequence[str]) -> None:
     console.print(f"[bold cyan]$ shardmove {escape(' '.join(words))}[/bold cyan]", highlight=False)
 
 
+def asked(console: Console, statement: str) -> None:
+    console.print(f"[bold cyan]shop=> {escape(statement)};[/bold cyan]", highlight=False)
+
+
 def printed(console: Console, text: str) -> None:
     for line in text.rstrip().splitlines():
         console.print(f"    {line.rstrip()}", highlight=False, markup=False, overflow="ellipsis", no_wrap=True)
@@ -52,6 +56,8 @@ def show(console: Console, result: Result) -> None:
     console.print(_steps(result))
     console.print()
     console.print(_stalls(result))
+    console.print()
+    console.print(_clients(result))
     console.print()
     _verdict(console, result)
 
@@ -90,14 +96,24 @@ def _steps(result: Result) -> Table:
 
 
 def _stalls(result: Result) -> Table:
-    table = _table(
-        "write stall of each cutover, as the clients measured it", "cutover", "stall ms", "writes that met it"
-    )
+    table = _table("write stall of each cutover, as the clients measured it", "cutover", "stall ms", "writes meanwhile")
     for each, stall in result.stalls:
         cells = ("not seen", "") if stall is None else (f"{stall.stall_ms:.1f}", str(stall.disturbed))
         table.add_row(f"{each.step.name} to {each.new_owner}", *cells)
     p50, p99, longest = (result.stall_ms(percent) for percent in (50, 99, 100))
     table.add_row(f"[bold]p50 {p50:.1f}   p99 {p99:.1f}   max {longest:.1f}[/bold]")
+    return table
+
+
+def _clients(result: Result) -> Table:
+    seen, routed = result.clients, result.routed
+    table = _table("what the clients were told, through the router", "", "acknowledged", "errors", "told to try again")
+    table.add_row("single statements", f"{seen.singles:,}", f"{seen.single_errors:,}", "0")
+    again = f"{seen.collided} by each other, {seen.fenced_first + seen.fenced} by cutovers"
+    errors = result.report.failed - seen.single_errors
+    table.add_row("transactions", f"{seen.transactions:,}", f"{errors:,}", again)
+    table.add_row("  that began with a write to the range", "", "", f"{seen.fenced_first} of them by cutovers")
+    table.add_row(f"[dim]held by the router: {routed['held_total']:,} of {routed['statements']:,} statements[/dim]")
     return table
 
 

@@ -6,6 +6,8 @@
     …
     summary = fleet.stop()
 
+They write through a router where one is given (`router_dsn`), else with `ShardClient`.
+
 The tenants are dealt out: no two writers ever write the same one, so each knows the final value of every row of its
 own. Writers are processes of their own, or threads of this one (`processes=0`: for short tests). A process ends when
 its standard input does: whoever started it cannot leave it behind, however it dies.
@@ -39,9 +41,10 @@ from psycopg import IsolationLevel
 from router.client import OutcomeUnknown, ShardClient
 from shardmove.demo import ledger, measure, operations
 from shardmove.demo.check import take_baseline
+from shardmove.demo.clients import Client, DirectClient, NotTogether, RouterClient
 from shardmove.demo.ledger import Ledger, Outcome, Write
-from shardmove.demo.operations import MIX, Attempt, Change, Operation, Skip, Surprise, Tenant
-from shardmove.demo.shop import KEYSPACE, pinned
+from shardmove.demo.operations import MIX, SINGLES, Attempt, Change, Key, Operation, Skip, Surprise, Tenant
+from shardmove.demo.shop import KEYSPACE, Table
 from shardmove.domain.errors import Failed, ShardmoveError
 
 ISOLATION_LEVELS: Final = (
@@ -132,14 +135,30 @@ class WriterConfig:
     seed: int
     deadline_s: float
     operations: Mapping[str, float]
+    singles: Mapping[str, float]
+    singles_share: float
+    router_dsn: str | None
 
     @property
     def board_path(self) -> Path:
         return board_path(Path(self.ledger_dir), self.generation)
 
-    @property
-    def mix(self) -> dict[Operation, float]:
-        return {getattr(operations, name): weight for name, weight in self.operations.items()}
+    def client(self) -> Client:
+        name = f"shop writer {self.name}"
+        if self.router_dsn is not None:
+            return RouterClient(self.router_dsn, application_name=name, deadline_s=self.deadline_s)
+        return DirectClient(
+            self.catalog_dsn,
+            self.shard_dsns,
+            keyspace=self.keyspace,
+            application_name=name,
+            deadline_s=self.deadline_s,
+        )
+
+
+def _mix(by_name: Mapping[str, float]) -> tuple[list[Operation], list[float]]:
+    """Operations and their weights, for `random.choices`."""
+    return [getattr(operations, name) for name in by_name], list(by_name.values())
 
 
 def board_path(ledger_dir: Path, generation: int) -> Path:
@@ -154,25 +173,19 @@ class Writer:
         self._board = board
         self._is_orphaned = is_orphaned
         self._dice = random.Random(f"{config.seed}/{config.generation}/{config.index}")
-        self._operations = list(config.mix)
-        self._weights = list(config.mix.values())
+        self._operations = _mix(config.operations)
+        self._singles = _mix(config.singles)
         self._tenants: dict[int, Tenant] = {}
         self._number = 0
         self._due = 0.0
         self._ledger = Ledger(ledger.new_ledger_path(Path(config.ledger_dir), config.generation, config.name))
-        self._client = ShardClient(
-            config.catalog_dsn,
-            {shard: pinned(dsn) for shard, dsn in config.shard_dsns.items()},
-            keyspace=config.keyspace,
-            application_name=f"shop writer {config.name}",
-            deadline_s=config.deadline_s,
-        )
+        self._client = config.client()
 
     def run(self) -> None:
         """Writes until told to stop, then returns. What went wrong is in the ledger, and in the board's state."""
         ended = State.BROKEN
         try:
-            self._client.connect_all()
+            self._client.connect()
             self._read_tenants()
             self._write_until_told()
             ended = State.STOPPED
@@ -182,15 +195,9 @@ class Writer:
             self._board.set_state(self._config.index, ended)
 
     def _read_tenants(self) -> None:
-        for tenants in self._by_shard(self._config.tenants).values():
+        for tenants in self._client.groups(self._config.tenants):
             read = partial(operations.read_tenants, tenant_ids=tenants)
-            self._tenants |= self._client.transaction(tenants[0], read)
-
-    def _by_shard(self, tenants: Sequence[int]) -> dict[str, list[int]]:
-        by_shard: dict[str, list[int]] = {}
-        for tenant in tenants:
-            by_shard.setdefault(self._client.shard_of(tenant), []).append(tenant)
-        return by_shard
+            self._tenants |= self._client.alone(tenants[0], read)
 
     def _write_until_told(self) -> None:
         self._due = time.monotonic() + self._dice.random() / self._config.rate
@@ -204,7 +211,7 @@ class Writer:
                     self._due = time.monotonic()
                 case Command.RUN:
                     self._board.set_state(self._config.index, State.RUNNING)
-                    if self._is_due() and self._write():
+                    if self._is_due() and self._write_something():
                         self._due += 1 / self._config.rate
 
     def _is_due(self) -> bool:
@@ -216,10 +223,15 @@ class Writer:
         self._due = max(self._due, now - BEHIND_MAX_S)
         return True
 
-    def _write(self) -> bool:
-        """Runs one operation of the mix. Returns whether it applied."""
+    def _write_something(self) -> bool:
+        """A transaction, or a single statement. Returns whether the operation applied."""
         self._number += 1
-        (operation,) = self._dice.choices(self._operations, self._weights)
+        share = self._config.singles_share
+        return self._write_alone() if share and self._dice.random() < share else self._write()
+
+    def _write(self) -> bool:
+        """Runs one operation of the mix as a transaction."""
+        (operation,) = self._dice.choices(*self._operations)
         isolation = self._dice.choice(ISOLATION_LEVELS)
         tenant, other = self._choose_tenant(), self._choose_tenant()
         seed = self._dice.getrandbits(64)
@@ -229,12 +241,10 @@ class Writer:
             changes[:] = self._attempt(conn, operation, tenant, other, seed)
             self._ledger.intend(self._number, [_entry(change) for change in changes])
 
-        def conclude(outcome: Outcome, error: Exception | None = None) -> None:
-            self._conclude(outcome, tenant, operation, isolation, error)
-
+        conclude = partial(self._conclude, tenant, operation, isolation)
         try:
             self._client.transaction(tenant.id, work, isolation=isolation)
-        except Skip:
+        except (Skip, NotTogether):
             return False
         except OutcomeUnknown as error:
             conclude(Outcome.UNKNOWN, error)
@@ -248,13 +258,52 @@ class Writer:
             self._learn(changes)
         return True
 
+    def _write_alone(self) -> bool:
+        """Runs one operation as a statement of its own: it is not tried again, and any error is a failure."""
+        (operation,) = self._dice.choices(*self._singles)
+        tenant = self._choose_tenant()
+        seed = self._dice.getrandbits(64)
+        rows: list[tuple[Table, Key]] = []
+
+        def announce(table: Table, key: Key) -> None:
+            rows.append((table, key))
+            self._ledger.intend(self._number, [(table.name, _text(key), ledger.ANYTHING)])
+
+        def work(conn: psycopg.Connection[Any]) -> list[Change]:
+            return self._attempt(conn, operation, tenant, tenant, seed, announce)
+
+        conclude = partial(self._conclude, tenant, operation, IsolationLevel.READ_COMMITTED, is_single=True)
+        try:
+            changes = self._client.alone(tenant.id, work)
+        except Skip:
+            return False
+        except OutcomeUnknown as error:
+            conclude(Outcome.UNKNOWN, error)
+            self._look_at(tenant, rows)
+        except (Surprise, ShardmoveError, psycopg.Error) as error:
+            conclude(Outcome.FAILED, error)
+            if isinstance(error, Surprise):
+                self._set_aside([tenant])
+        else:
+            self._ledger.intend(self._number, [_entry(change) for change in changes])
+            conclude(Outcome.ACKNOWLEDGED)
+            self._learn(changes)
+        return True
+
     def _attempt(
-        self, conn: psycopg.Connection[Any], operation: Operation, tenant: Tenant, other: Tenant, seed: int
+        self,
+        conn: psycopg.Connection[Any],
+        operation: Operation,
+        tenant: Tenant,
+        other: Tenant,
+        seed: int,
+        announce: Callable[[Table, Key], None] | None = None,
     ) -> list[Change]:
         """Tenants may be on two shards by now: then only one of them takes part, at this attempt."""
-        is_together = tenant is not other and self._client.shard_of(tenant.id) == self._client.shard_of(other.id)
+        is_together = tenant is not other and self._client.are_together(tenant.id, other.id)
         version = 1 + self._number + (self._config.generation * 1000 + self._config.index) * 10_000_000_000
-        attempt = Attempt(conn, tenant, other if is_together else None, random.Random(seed), version)
+        dice = random.Random(seed)
+        attempt = Attempt(conn, tenant, other if is_together else None, dice, version, announce=announce)
         operation(attempt)
         return [(table, key, known) for (table, key), known in attempt.changes.items()]
 
@@ -268,11 +317,13 @@ class Writer:
 
     def _conclude(
         self,
-        outcome: Outcome,
         tenant: Tenant,
         operation: Operation,
         isolation: IsolationLevel,
-        error: Exception | None,
+        outcome: Outcome,
+        error: Exception | None = None,
+        *,
+        is_single: bool = False,
     ) -> None:
         ended = time.monotonic()  # first of all: what we do with the answer is not the database's latency
         trace = self._client.last
@@ -290,6 +341,9 @@ class Writer:
                 attempts=trace.attempts,
                 disturbed_at=trace.disturbed_at,
                 error=None if error is None else f"{type(error).__name__}: {error}",
+                is_single=is_single,
+                fenced=trace.fenced,
+                collided=trace.collided,
             )
         )
         self._board.count(self._config.index, outcome)
@@ -320,6 +374,16 @@ class Writer:
         ):
             self._set_aside(tenants)
 
+    def _look_at(self, tenant: Tenant, rows: Sequence[tuple[Table, Key]]) -> None:
+        """The same after a single statement, which is all or nothing by itself."""
+        read = partial(operations.read_tenants, tenant_ids=[tenant.id], lock=True)
+        try:
+            found = self._client.transaction(tenant.id, read, isolation=IsolationLevel.READ_COMMITTED)
+        except (ShardmoveError, psycopg.Error):
+            self._set_aside([tenant])
+            return
+        self._learn([(table, key, found[tenant.id].rows[table].get(key)) for table, key in rows])
+
     def _set_aside(self, tenants: Sequence[Tenant]) -> None:
         """Leaves tenants as they are from now on: the checker must find the damage, and errors must not flood."""
         for tenant in tenants:
@@ -328,7 +392,11 @@ class Writer:
 
 def _entry(change: Change) -> tuple[str, str, ledger.Image]:
     table, key, known = change
-    return table.name, ",".join(map(str, key)), None if known is None else known.image
+    return table.name, _text(key), None if known is None else known.image
+
+
+def _text(key: Key) -> str:
+    return ",".join(map(str, key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +436,12 @@ class Summary:
         """See `measure.stall`."""
         return measure.stall(self.writes, since, until, new_owner=new_owner, within=within)
 
+    def stall_around(
+        self, opened: float, flipped: float, *, within: Callable[[int], bool] = measure.everything
+    ) -> measure.Stall | None:
+        """See `measure.stall_around`."""
+        return measure.stall_around(self.writes, opened, flipped, within=within)
+
 
 class WriterFleet:
     """The writers of one run.
@@ -383,6 +457,8 @@ class WriterFleet:
         operations: operation → weight, where not the whole mix.
         seed: the same seed, the same choices, as far as timing lets them.
         deadline_s: how long a writer tries one transaction.
+        router_dsn: a router's address; without one, the writers are programs with `ShardClient`.
+        singles_share: this share of the writes are single statements, of the operations in `singles`.
     """
 
     def __init__(
@@ -401,6 +477,9 @@ class WriterFleet:
         keyspace: str = KEYSPACE,
         seed: int = 0,
         deadline_s: float = 30.0,
+        router_dsn: str | None = None,
+        singles: Mapping[Operation, float] = SINGLES,
+        singles_share: float = 0.0,
     ) -> None:
         self._dir = ledger_dir
         self._dir.mkdir(parents=True, exist_ok=True)
@@ -426,7 +505,10 @@ class WriterFleet:
                 rate=rate / threads,
                 seed=seed,
                 deadline_s=deadline_s,
-                operations={operation.__name__: weight for operation, weight in operations.items()},
+                operations=_by_name(operations),
+                singles=_by_name(singles),
+                singles_share=singles_share,
+                router_dsn=router_dsn,
             )
             for index in range(writers)
         ]
@@ -524,7 +606,7 @@ class WriterFleet:
         writes = ledger.read_writes(self._dir)
         failed = [w for w in writes if w.outcome is Outcome.FAILED]
         errors = [f"writer {name} broke off" for name in self.broken]
-        errors += [f"{w.operation} of tenant {w.tenant} on {w.shard}: {w.error}" for w in failed[:ERRORS_KEPT]]
+        errors += [f"{w.operation} of tenant {w.tenant} on {w.shard or '?'}: {w.error}" for w in failed[:ERRORS_KEPT]]
         return Summary(
             acknowledged=sum(w.outcome is Outcome.ACKNOWLEDGED for w in writes),
             unknown=sum(w.outcome is Outcome.UNKNOWN for w in writes),
@@ -559,6 +641,10 @@ class WriterFleet:
             if process.poll() not in (None, 0):
                 for config in self._configs[position :: self._processes]:
                     self._board.set_state(config.index, State.BROKEN)
+
+
+def _by_name(mix: Mapping[Operation, float]) -> dict[str, float]:
+    return {operation.__name__: weight for operation, weight in mix.items()}
 
 
 def _start_threads(

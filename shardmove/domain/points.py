@@ -41,6 +41,13 @@ class Effect(StrEnum):
     SET_IDENTITIES = "set_identities"
     SET_STATS = "set_stats"
     SET_ATTENDED = "set_attended"
+    BEAT_ROUTER = "beat_router"
+    ACKNOWLEDGE = "acknowledge"
+    FORGET_ROUTER = "forget_router"
+    SET_PHASE = "set_phase"
+    FALL_BACK = "fall_back"
+    REPORT_TRAFFIC = "report_traffic"
+    RECORD_DIFFERENCE = "record_difference"
     UNINSTALL_CATALOG = "uninstall_catalog"
     EXPORT_ROUTES = "export_routes"
 
@@ -105,6 +112,7 @@ PLACES = (
     "cutover.after_empty",
     "keep_fence.before_tables",
     "pairs.between_snapshots",
+    "phase.before_readers",
     "verifying.after_comparison",
 )
 """The points that are no effect's own."""

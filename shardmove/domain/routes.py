@@ -6,8 +6,9 @@ and once more by the catalog's own constraint when one is published.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from shardmove.domain.errors import ConfigurationError, NotFound
 from shardmove.domain.keys import Key, KeyRange
@@ -29,6 +30,8 @@ class Routes:
 
     keyspace: str
     routes: tuple[Route, ...]
+    _edges: tuple[Key, ...] = field(init=False, repr=False, compare=False)
+    """The lower ends of all routes but the first, which has none: `at` is asked once per statement."""
 
     def __post_init__(self) -> None:
         if not self.routes:
@@ -46,6 +49,8 @@ class Routes:
                 raise ConfigurationError(f"the routes of {self.keyspace} overlap after {route.range}")
         if edge is not None:
             raise ConfigurationError(f"the routes of {self.keyspace} do not cover the keys from {edge} on")
+        lowers = (route.range.lower for route in self.routes[1:])
+        object.__setattr__(self, "_edges", tuple(lower for lower in lowers if lower is not None))
 
     @classmethod
     def of(cls, keyspace: str, routes: Iterable[Route]) -> Routes:
@@ -61,7 +66,7 @@ class Routes:
 
     def at(self, key: Key) -> Route:
         """The one route that the key belongs to."""
-        return next(route for route in self.routes if key in route.range)
+        return self.routes[bisect_right(self._edges, key)]
 
     def within(self, range_: KeyRange) -> tuple[Route, ...]:
         """The routes that share keys with the range, cut down to it, ascending."""

@@ -3,6 +3,10 @@
 A lock request that waits makes everybody behind it wait too. So: look first who would be in the way, ask with a short
 lock_timeout (which is per lock) and a statement_timeout (which is not), one table at a time, and try again later.
 
+Nor is the application ever the victim of a deadlock with us: a change waits for a table only while it has none locked.
+Who held a weak lock and waited for a stronger one, or for a partition, would wait for a client that has read, and whose
+write waits for us; the server then ends the one that closes the circle, which is the client, and at once.
+
 Our own long writers, batches and erasures of any move, would be in the way one after the other for as long as they
 have work. They give way: each holds an advisory lock shared while it writes, and who changes a table takes it
 exclusively first, which makes no application wait.
@@ -16,13 +20,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import LiteralString
 
-from psycopg import errors
+from psycopg import errors, sql
 
 from shardmove.domain.errors import Failed
 from shardmove.domain.moves import TableName
 from shardmove.domain.points import Effect
 from shardmove.postgres import effects
 from shardmove.postgres.connect import Connection
+from shardmove.postgres.sql import table as relation
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +100,29 @@ def change_table(
     *,
     patience: Patience,
     readers_block: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs a DDL change of one table in a transaction of its own, in tries that stall nobody for long.
+
+    Args:
+        readers_block: the change needs the table without readers; it may take no stronger lock than it says here.
+        check: what must hold, asked in the transaction before the table is locked.
 
     Raises:
         Failed: somebody was in the way until the patience ended; names them. Nothing was changed.
     """
+
+    def checked_and_locked() -> None:
+        check()
+        _lock(connection, name, readers_block=readers_block)
+        change()
+
     deadline = time.monotonic() + patience.total_s
     pause = threading.Event()  # a pause that nobody cuts short: retries of a lock have no event to wait for
     while True:
         long_s = patience.lock_timeout_ms / 1000
         blockers = in_the_way(connection, name, readers=readers_block, longer_than_s=long_s, givers_of_way=False)
-        if not blockers and _try(connection, effect, change, patience.lock_timeout_ms):
+        if not blockers and _try(connection, effect, checked_and_locked, patience.lock_timeout_ms):
             return
         if time.monotonic() > deadline:
             blockers = in_the_way(connection, name, readers=readers_block, longer_than_s=long_s)
@@ -135,3 +151,16 @@ def _try(connection: Connection, effect: Effect, change: Callable[[], None], loc
     except (errors.LockNotAvailable, errors.QueryCanceled, errors.DeadlockDetected):
         return False
     return True
+
+
+def _lock(connection: Connection, name: TableName, *, readers_block: bool) -> None:
+    """The strongest lock that the change will need, on the whole family. It waits for the table alone, with none held.
+
+    Raises LockNotAvailable: also where a partition is in use by who did not come by its parent.
+    """
+    mode = sql.SQL("ACCESS EXCLUSIVE" if readers_block else "SHARE ROW EXCLUSIVE")
+    connection.execute(sql.SQL("LOCK TABLE ONLY {} IN {} MODE").format(relation(name), mode))
+    named = relation(name).as_string(connection)
+    # Not for a plain table: what inherits from one is another table, which the change does not touch.
+    if connection.execute("SELECT FROM pg_catalog.pg_partition_tree(%s::regclass)", (named,)).rowcount:
+        connection.execute(sql.SQL("LOCK TABLE {} IN {} MODE NOWAIT").format(relation(name), mode))

@@ -69,10 +69,16 @@ def keep_fence(
         for table in tables:
 
             def keep(table: Table = table) -> None:
-                parts.hold_lease(connection, move.id, lease_number)
                 set_triggers(connection, table, ranges, move.keyspace)
 
-            locks.change_table(connection, table.name, Effect.KEEP_FENCE, keep, patience=patience)
+            locks.change_table(
+                connection,
+                table.name,
+                Effect.KEEP_FENCE,
+                keep,
+                patience=patience,
+                check=lambda: parts.hold_lease(connection, move.id, lease_number),
+            )
         record(connection, move.keyspace, ranges, move.id, lease_number)
 
 
@@ -144,7 +150,7 @@ def _present(connection: Connection, table: Table) -> list[str]:
 
 
 def set_triggers(connection: Connection, table: Table, ranges: Sequence[KeyRange], keyspace: Keyspace) -> None:
-    """Makes the table refuse exactly these ranges; none where there are none."""
+    """Makes the table refuse exactly these ranges; none where there are none, which its readers must wait for."""
     if not ranges:
         for name in _present(connection, table):
             connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(name), table_sql(table)))

@@ -2,7 +2,8 @@
 
 They are set beforehand, with a margin, and only upwards. `setval` races with `nextval` of the receiver's own tenants:
 a value computed from an old reading could put the sequence back. So a new value always lies a whole margin above both
-sides, and the race would need that many numbers within one statement.
+sides, and is set only where it is above the sequence still: a process that is stopped after its reading may come back
+when all of the margin has been used.
 """
 
 from __future__ import annotations
@@ -98,10 +99,20 @@ def advance(receiver: Connection, giver: Connection, tables: Sequence[Table], *,
                 hint="[limits] sequence_margin, or a wider type of the column",
             )
         value = reach if received.increment > 0 else -reach
-        query: LiteralString = "SELECT pg_catalog.setval(%s::regclass, %s)"
-        effects.once(receiver, Effect.SET_SEQUENCE, query, (received.name, value))
+        set_ahead(receiver, received.name, value)
         moved.append(received.name)
     return moved
+
+
+def set_ahead(receiver: Connection, name: str, value: int) -> None:
+    """Sets a sequence, unless it has come as far by itself: it never goes back."""
+    query: LiteralString = """
+        SELECT pg_catalog.setval(q.seqrelid::regclass, %(value)s) FROM pg_catalog.pg_sequence q
+        WHERE q.seqrelid = %(name)s::regclass
+          AND CASE WHEN q.seqincrement > 0 THEN pg_catalog.pg_sequence_last_value(q.seqrelid) < %(value)s
+                   ELSE pg_catalog.pg_sequence_last_value(q.seqrelid) > %(value)s END IS NOT FALSE
+    """
+    effects.once(receiver, Effect.SET_SEQUENCE, query, {"name": name, "value": value})
 
 
 def check(receiver: Connection, giver: Connection, tables: Sequence[Table]) -> None:

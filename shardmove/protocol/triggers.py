@@ -47,14 +47,20 @@ def _arm(connection: Connection, part: Part, patience: locks.Patience, lease_num
             continue
 
         def arm(ordinal: int = ordinal, table: Table = table, kept_is_there: bool = kept_is_there) -> None:
-            parts.hold_lease(connection, move.id, lease_number)
             if not is_armed(connection, move.id, table):
                 create_triggers(connection, move, ordinal, table)
             if kept_is_there:
                 kept.set_triggers(connection, table, remainder, move.keyspace)
 
-        drops = kept_is_there and not remainder
-        locks.change_table(connection, table.name, Effect.ARM, arm, patience=patience, readers_block=drops)
+        locks.change_table(
+            connection,
+            table.name,
+            Effect.ARM,
+            arm,
+            patience=patience,
+            readers_block=kept_is_there and not remainder,  # the kept triggers are dropped
+            check=lambda: parts.hold_lease(connection, move.id, lease_number),
+        )
     kept.record(connection, move.keyspace, remainder, move.id, lease_number)
 
 
@@ -127,17 +133,18 @@ def _remove(
     lease_number: int,
 ) -> None:
     # DISABLE is not blocked by readers, DROP is: disarm at once, drop when nobody reads.
-    def disarm() -> None:
+    def check() -> None:
         parts.hold_lease(connection, move_id, lease_number)
+
+    def disarm() -> None:
         for each in present:
             connection.execute(
                 sql.SQL("ALTER TABLE {} DISABLE TRIGGER {}").format(relation(name), sql.Identifier(each))
             )
 
     def drop() -> None:
-        parts.hold_lease(connection, move_id, lease_number)
         for each in present:
             connection.execute(sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(each), relation(name)))
 
-    locks.change_table(connection, name, Effect.DISARM, disarm, patience=patience)
-    locks.change_table(connection, name, Effect.DROP_TRIGGERS, drop, patience=patience, readers_block=True)
+    locks.change_table(connection, name, Effect.DISARM, disarm, patience=patience, check=check)
+    locks.change_table(connection, name, Effect.DROP_TRIGGERS, drop, patience=patience, readers_block=True, check=check)

@@ -15,10 +15,24 @@ from tests.campaign.strikes import AFTERMATHS, NETWORK, SERVERS, VICTIMS, WORKER
 
 EACH_POINT: Final = frozenset([*(point for effect in Effect for point in (effect.before, effect.after)), *PLACES])
 
-NOT_REACHED: Final[Mapping[str, str]] = dict.fromkeys(
-    (Effect.PUBLISH.before, Effect.PUBLISH.after),
-    "no command publishes routes alone: what changes them does so in its own transaction",
+OF_ROUTERS: Final = (
+    Effect.BEAT_ROUTER,
+    Effect.ACKNOWLEDGE,
+    Effect.FORGET_ROUTER,
+    Effect.FALL_BACK,
+    Effect.REPORT_TRAFFIC,
+    Effect.RECORD_DIFFERENCE,
 )
+NOT_REACHED: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        (Effect.PUBLISH.before, Effect.PUBLISH.after),
+        "no command publishes routes alone: what changes them does so in its own transaction",
+    ),
+    **dict.fromkeys(
+        (point for effect in OF_ROUTERS for point in (effect.before, effect.after)),
+        "what a router does in the catalog: no router plays along here",
+    ),
+}
 """Points that no scenario reaches, each with the reason."""
 
 _WEIGHTS: Final = {
@@ -34,6 +48,8 @@ _WEIGHTS: Final = {
     ("served", 0): 1.0,
     ("served", 1): 2.0,
     ("served", 2): 2.0,
+    ("phases", 1): 3.0,
+    ("phases", 2): 3.0,
 }
 """How often a step is chosen for a point that it reaches: the shorter what follows it, the more."""
 _SPECIAL: Final = 0.25

@@ -77,6 +77,16 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             ends="rolled_back",
             serve=True,
         ),
+        Scenario(
+            "phases",
+            (
+                f"run {MOVE}",
+                f"phase {MOVE} 4 --force",
+                f"phase {MOVE} 3",
+                f"phase {MOVE} 5 --force",
+                f"complete {MOVE}",
+            ),
+        ),
         Scenario("create", (f"run {MOVE} --until completed --create-schema",), target_is_bare=True),
         Scenario(
             "takeover",

@@ -13,6 +13,7 @@ the product (`monkeypatch.setattr(fence, "lock_exclusively", …)`) and the exte
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -105,7 +106,7 @@ class World:
         lines += ["[keyspaces.shop]", "[keyspaces.shop.tables]"]
         lines += [f'{table} = "{column}"' for table, column in shop.KEY_COLUMNS.items()]
         lines += ["[[keyspaces.shop.routes]]", 'range = ":"', 'shard = "s1"', "[limits]"]
-        lines += [f"{name} = {value}" for name, value in limits.items()]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in limits.items()]
         path = self.directory / "cluster.toml"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path

@@ -1,0 +1,323 @@
+"""From a decision about SQL to what the session has to do: the one place where both vocabularies meet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from router import placing
+from router.statements import Action, Arguments, Decision, Part, Planned, decide
+from router.units import ANYWHERE, Change, Kind, Need, Refusal
+from shardmove.wire import messages
+
+if TYPE_CHECKING:
+    from router.service import Known
+    from router.session import Session
+
+IDLE = ord("I")
+_LIVES_IN_CONNECTION = re.compile(rb"pg_(try_)?advisory_lock|\btemp(orary)?\b|\bwith\s+hold\b", re.IGNORECASE)
+"""What a session keeps in its connection to the server, whatever the transaction does."""
+_PIN = (Change("pin"),)
+UNDEFINED_PARAMETER = "42P02"
+
+
+def ask(known: Known, planned: Planned, arguments: Arguments | None, session: Session) -> Need:
+    """What the statement needs, by these routes. Never raises for what a client sent."""
+    decision = decide(planned, arguments, known, session.facts)
+    refusal = decision.refusal
+    if refusal is not None:
+        if refusal.sqlstate == UNDEFINED_PARAMETER:
+            return ANYWHERE  # every server refuses it, in its own words
+        return Need(Kind.FREE, refusal=Refusal(refusal.sqlstate, refusal.message, refusal.hint))
+    if decision.action is Action.KEYED and decision.part is not None:
+        return _keyed(known, decision, session)
+    need = _BY_ACTION[decision.action](known, planned, decision, session)
+    if len(planned.plan.parts) > 1:
+        need = _script(known, planned, need, session)
+    if not session.keeps_servers and _LIVES_IN_CONNECTION.search(planned.text):
+        need = need._replace(changes=need.changes + _PIN)
+    return need
+
+
+def _keyed(known: Known, decision: Decision, session: Session) -> Need:
+    shards, routes = decision.shards, decision.routes
+    if not shards:
+        return ANYWHERE  # no key at all, as in `key = NULL`: every server says the same
+    is_write = decision.is_write or decision.locks_rows
+    shard = shards[0]
+    if not is_write and len(routes) == 1 and routes[0].move_id is not None and session.status == IDLE:
+        move = known.moves.get(routes[0].move_id)
+        is_chosen = move is not None and move.phase == 4 and session.lot < move.read_share
+        if move is not None and is_chosen and _may_read_at(move.target, session):
+            return Need(Kind.ROUTED, move.target, routes, decision=decision, is_at_target=True)
+    return Need(Kind.ROUTED, shard, routes, is_write, decision=decision)
+
+
+def _may_read_at(target: str, session: Session) -> bool:
+    """What came before it in the same unit says where it runs."""
+    unit = session.unit
+    if unit is None:
+        return True
+    return not unit.stays_at_source and (not unit.is_bound or session.shard == target)
+
+
+Answer = Callable[["Known", Planned, Decision, "Session"], Need]
+
+
+def _at_home(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    return Need(Kind.ROUTED, known.home, decision.routes, decision.is_write or decision.locks_rows)
+
+
+def _free(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    return ANYWHERE
+
+
+def _where_it_is(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    """Cursors: they are where the transaction is, or was when they were declared."""
+    return Need(Kind.ROUTED, session.shard or placing.default_shard(session), is_write=decision.is_write)
+
+
+def _placed(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    """One shard where the decision names one; any where it names none."""
+    if len(decision.shards) > 1:
+        return _refused("0A000", "the statement reads several shards at once", "name a key in it")
+    is_write = decision.is_write or decision.locks_rows
+    for shard in decision.shards:
+        return Need(Kind.ROUTED, shard, decision.routes, is_write, decision=decision)
+    return ANYWHERE
+
+
+def _script(known: Known, planned: Planned, need: Need, session: Session) -> Need:
+    """Several statements in one query: what they change in the session, each for itself.
+
+    A script that begins or ends transactions, or has settings in it, cannot be said again elsewhere.
+    """
+    parts = [part for part in planned.plan.parts if part.action in _CHANGING]
+    if need.refusal is not None or not parts:
+        return need
+    each = [
+        _BY_ACTION[part.action](known, planned, Decision(part.action, part=part, value=part.value), session)
+        for part in parts
+    ]
+    changes = tuple(change for one in each for change in one.changes)
+    if need.kind is Kind.FREE:
+        need = Need(Kind.ROUTED, session.shard or placing.default_shard(session))
+    return need._replace(changes=need.changes + changes)
+
+
+def _explained(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    """The server explains what it would do; a notice before it says which server, and why that one."""
+    shards = ", ".join(decision.shards) or "any"
+    ranges = ", ".join(f"{route.range}" for route in decision.routes)
+    text = f"route: shard {shards}{f', key range {ranges}' if ranges else ''}, epoch {known.epoch}"
+    notice = messages.notice_response("00000", f"shardmove: {text}", severity="INFO")
+    shard = decision.shards[0] if decision.shards else None
+    kind = Kind.FREE if shard is None else Kind.ROUTED
+    return Need(kind, shard, decision.routes, decision.is_write, notice=notice)
+
+
+def _scattered(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    if session.status != IDLE:
+        return _refused(
+            "0A000",
+            f"a statement in a transaction block reads one shard, and this one reads {', '.join(decision.shards)}",
+            "run it outside the transaction, or name a key in it",
+        )
+    return Need(Kind.SCATTER, None, decision.routes, decision=decision)
+
+
+def _everywhere(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    if len(decision.shards) == 1:
+        return Need(Kind.ROUTED, decision.shards[0], decision.routes, is_write=True)
+    if session.status != IDLE:
+        return _refused(
+            "0A000",
+            "a statement for every shard cannot be a part of a transaction block",
+            "run it outside; it is one transaction on each shard, one shard after the other",
+        )
+    return Need(Kind.EVERYWHERE, None, decision.routes, is_write=True, decision=decision)
+
+
+def _ddl(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    moves = sorted({r.move_id for routes in known.routes.keyspaces.values() for r in routes.routes if r.move_id})
+    if moves:
+        return _refused(
+            "55006",
+            f"move {', '.join(moves)} is under way: its tables must not change",
+            "wait until it is completed or rolled back",
+        )
+    return _everywhere(known, planned, decision, session)
+
+
+def _begin(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    if session.status != IDLE:
+        return ANYWHERE  # a warning of the server's
+    part = _part(decision)
+    text = planned.statement(part)
+    is_plain = part.isolation is None and part.is_read_only is None and part.is_deferrable is None
+    tag = b"START TRANSACTION" if text[:5].upper() == b"START" else b"BEGIN"
+    return Need(Kind.BEGIN, replayed=b"BEGIN" if is_plain else text, tag=tag)
+
+
+def _end(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    part = _part(decision)
+    if part.is_chained:
+        return ANYWHERE
+    return Need(Kind.END, tag=b"COMMIT" if decision.action is Action.COMMIT else b"ROLLBACK")
+
+
+def _replayed(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    part = _part(decision)
+    changes = (Change(part.kind.lower(), part.name),) if decision.action is Action.SAVEPOINT else ()
+    return Need(Kind.FREE, replayed=planned.statement(part), changes=changes)
+
+
+def _set(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    part = _part(decision)
+    text = planned.statement(part)
+    if part.is_query:
+        if decision.value is None:
+            return Need(Kind.FREE, replayed=text)
+        if (refusal := placing.unsafe(part.name, decision.value)) is not None:
+            return Need(Kind.FREE, refusal=refusal)
+        text = placing.set_config(part.name, decision.value, is_local=part.is_local)
+    if part.is_local:
+        return Need(Kind.FREE, replayed=text)
+    change = Change("set", part.name.lower(), text, decision.value)
+    return Need(Kind.FREE, replayed=text, changes=(change,))
+
+
+def _reset(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    part = _part(decision)
+    return Need(
+        Kind.FREE,
+        replayed=planned.statement(part),
+        changes=(Change("reset", "" if _is_all(part) else part.name.lower()),),
+    )
+
+
+def _hint(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    part = _part(decision)
+    if part.value is None:
+        return _reset(known, planned, decision, session)
+    text = placing.set_config(part.name, part.value, is_local=part.is_local)
+    return Need(Kind.FREE, replayed=text, changes=(Change("set", part.name.lower(), text, part.value),))
+
+
+def _discard(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    part = _part(decision)
+    changes = (Change("discard"),) if part.kind.lower() in ("", "all") else ()
+    return Need(Kind.FREE, changes=changes)
+
+
+def _prepare(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    part = _part(decision)
+    if len(known.shards) > 1 and part.inner is not None and part.inner.keyspaces:
+        return _refused(
+            "0A000",
+            "PREPARE of a statement on split tables is not routed",
+            "use your driver's prepared statements: they are routed each time they are executed",
+        )
+    return Need(Kind.ROUTED, known.home, changes=_PIN)
+
+
+def _deallocate(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    name = _part(decision).name
+    there = [shard for shard, server in session.servers.items() if name.encode() in server.statements]
+    shard = session.shard or (there[0] if there else known.home)
+    tag = b"" if session.keeps_servers or name.encode() not in session.statements else b"DEALLOCATE"
+    return Need(Kind.FREE, shard, changes=(Change("deallocate", name),), tag=tag)
+
+
+def _listen(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    return Need(Kind.ROUTED, known.home, changes=_PIN)
+
+
+def _declare(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    return (
+        _placed(known, planned, decision, session)
+        if decision.shards
+        else _where_it_is(known, planned, decision, session)
+    )
+
+
+def _copy_in(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    part = decision.part
+    if part is not None and part.copy is not None and not decision.shards:
+        if len(known.shards) == 1:
+            return Need(Kind.ROUTED, known.shards[0], is_write=True)
+        return Need(Kind.COPY_IN, None, is_write=True, decision=decision)
+    if len(decision.shards) > 1:
+        return _refused("0A000", "COPY into a reference table is not routed", "copy into it on every shard directly")
+    return _placed(known, planned, decision, session)
+
+
+def _keyed_script(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
+    return _keyed(known, decision, session)
+
+
+def _is_all(part: Part) -> bool:
+    return part.name.lower() in ("", "all")
+
+
+def _part(decision: Decision) -> Part:
+    assert decision.part is not None
+    return decision.part
+
+
+def _refused(sqlstate: str, message: str, hint: str) -> Need:
+    return Need(Kind.FREE, refusal=Refusal(sqlstate, message, hint))
+
+
+_CHANGING = frozenset(
+    {
+        Action.BEGIN,
+        Action.COMMIT,
+        Action.ROLLBACK,
+        Action.SAVEPOINT,
+        Action.SET_TRANSACTION,
+        Action.SET,
+        Action.RESET,
+        Action.DISCARD,
+        Action.DEALLOCATE,
+        Action.LISTEN,
+        Action.PREPARE,
+        Action.KEY_HINT,
+    }
+)
+_BY_ACTION: Mapping[Action, Answer] = {
+    Action.KEYED: _keyed_script,
+    Action.SCATTER: _scattered,
+    Action.REFERENCE_READ: _free,
+    Action.REFERENCE_WRITE: _everywhere,
+    Action.HOME: _at_home,
+    Action.FREE: _free,
+    Action.DDL: _ddl,
+    Action.EMPTY: _free,
+    Action.BEGIN: _begin,
+    Action.COMMIT: _end,
+    Action.ROLLBACK: _end,
+    Action.SAVEPOINT: _replayed,
+    Action.SET_TRANSACTION: _replayed,
+    Action.SET: _set,
+    Action.RESET: _reset,
+    Action.SHOW: _free,
+    Action.DISCARD: _discard,
+    Action.PREPARE: _prepare,
+    Action.EXECUTE: _at_home,
+    Action.DEALLOCATE: _deallocate,
+    Action.LISTEN: _listen,
+    Action.UNLISTEN: _at_home,
+    Action.NOTIFY: _at_home,
+    Action.DECLARE: _declare,
+    Action.FETCH: _where_it_is,
+    Action.MOVE: _where_it_is,
+    Action.CLOSE: _where_it_is,
+    Action.COPY_IN: _copy_in,
+    Action.COPY_OUT: _placed,
+    Action.PREPARED_TRANSACTION: _at_home,
+    Action.KEY_HINT: _hint,
+    Action.SHOW_HINT: _free,
+    Action.EXPLAIN: _explained,
+}

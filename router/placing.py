@@ -1,0 +1,374 @@
+"""Giving a client's unit a connection to the shard it needs, in a state that the client would recognise.
+
+Waiting happens here: while a range is held (DESIGN §4.7), while the routes are older than they may be (I9), while the
+router is paused, in the line of a pool. Routes may change meanwhile, so a unit is asked anew where it goes after each
+wait, and it begins only if nothing changed since: who acknowledged an epoch begins nothing by an older one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from router.opening import NoServer
+from router.server import Server, ServerError
+from router.units import Kind, Need, Refusal, Unit
+from shardmove.domain.errors import ShardmoveError
+from shardmove.wire import messages
+from shardmove.wire.streams import Owed
+
+if TYPE_CHECKING:
+    from router.session import Session
+
+IDLE, IN_TRANSACTION, _ = b"ITE"
+RETRY_PAUSES_S = (0.001, 0.002, 0.004, 0.008, 0.016)
+HELD_POLL_S = 0.05
+UNSAFE_ENCODINGS = frozenset(
+    {"SJIS", "MSKANJI", "SHIFTJIS", "WIN932", "WINDOWS932", "BIG5", "WIN950", "WINDOWS950", "GBK", "WIN936"}
+    | {"WINDOWS936", "UHC", "WIN949", "WINDOWS949", "GB18030", "JOHAB", "SHIFT_JIS_2004", "SHIFT_JIS"}
+)
+"""In these a byte of a longer character may look like a quote or a backslash."""
+OPEN_PATIENCE_S = 1.0
+
+
+class Refused(Exception):
+    """The unit cannot be placed. Nothing of it was sent."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class Failed(Exception):
+    """As Refused, by an error of a server's."""
+
+    def __init__(self, frame: bytes) -> None:
+        super().__init__("a server refused")
+        self.frame = frame
+
+
+def must_wait(session: Session, need: Need) -> bool:
+    """Whether it may not begin now: its range is held, or the routes are too old to send anything to a moving range.
+
+    What has begun goes on: a transaction that wrote is waited for by whoever closes the range, not the other way round.
+    """
+    router = session.router
+    if session.firm and session.server is not None:
+        return False
+    if router.is_paused and session.server is None:
+        return True
+    is_stale = False
+    for route in need.routes:
+        if route.held and (need.is_write or session.status == IN_TRANSACTION):
+            return True
+        is_stale = is_stale or route.move_id is not None
+    return is_stale and not router.is_fresh()
+
+
+def at_once(session: Session, unit: Unit, need: Need) -> Server | None:
+    """A connection that is there and ready for this client, attached; None where something has to be waited for."""
+    if (need.routes or session.router.is_paused) and must_wait(session, need):
+        return None
+    replay = session.replay
+    if replay and (len(replay) > 1 or replay[0] != b"BEGIN"):
+        return None
+    shard = need.shard or default_shard(session)
+    server = session.servers.get(shard)
+    if server is None:
+        pool = session.router.pool(shard, session.login)
+        server = pool.take()
+        if server is None:
+            return None
+        if server.applied != session.settings:
+            pool.give_back(server)
+            return None
+    elif server.applied != session.settings or server.is_closed:
+        return None
+    server.holder = session
+    session.server = server
+    if replay:  # a plain BEGIN cannot fail where the statement behind it could succeed: no need to wait for it
+        server.run(replay[0])
+    return server
+
+
+def default_shard(session: Session) -> str:
+    """Where a statement goes that any shard could answer."""
+    last = session.last_shard
+    return last if last is not None and last in session.router.shards else session.router.home
+
+
+async def attach(session: Session, unit: Unit) -> None:
+    """Makes `session.server` the connection that the unit needs. Raises Refused, NoServer, ServerError, ServerLost."""
+    began = time.monotonic()
+    while True:
+        router = session.router
+        need = unit.need = session.asked_again(unit)
+        if need.refusal is not None:
+            raise Refused(need.refusal)
+        if must_wait(session, need):
+            await wait(session, unit, need, began)
+            continue
+        server = session.server
+        if server is not None and need.shard not in (None, server.shard):
+            if session.firm or unit.is_bound:
+                raise Refused(wrong_shard(server.shard, need))
+            await leave(session, unit)
+            continue
+        if server is None:
+            view = router.view
+            await _take(session, need)
+            if router.view is not view:
+                continue
+        return
+
+
+async def _take(session: Session, need: Need) -> None:
+    """Attaches a connection to the shard, or to any one, and says what the client has said before."""
+    router = session.router
+    shards = [need.shard] if need.shard is not None else [default_shard(session), *router.shards]
+    for number, shard in enumerate(dict.fromkeys(shards), start=1):
+        server = session.servers.get(shard)
+        if server is None:
+            began = time.monotonic()
+            try:
+                server = await router.pool(shard, session.login).acquire()
+            except NoServer:
+                if number == len(set(shards)):
+                    raise
+                continue
+            router.stats.wait_seconds.observe(time.monotonic() - began)
+        server.holder = session
+        session.server = server
+        try:
+            await prepare(session, server)
+        except ServerError:
+            session.server = None
+            session.servers.pop(server.shard, None)
+            router.take_back(server, is_shared=not session.keeps_servers)
+            raise
+        except asyncio.CancelledError:
+            session.server = None  # what it was told last is on its way: its state is not known
+            session.servers.pop(server.shard, None)
+            router.forget(server)
+            raise
+        return
+
+
+async def prepare(session: Session, server: Server) -> None:
+    """The session's settings, then the transaction as far as it has come."""
+    if text := difference(server.applied, session.settings):
+        wanted = dict(session.settings)
+        await server.run(text)
+        server.applied = wanted
+    for each in session.replay:
+        await server.run(each)
+
+
+def difference(applied: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> bytes:
+    """The statements that make one into the other."""
+    undone = [b"RESET " + _identifier(name) for name in applied if name not in wanted]
+    done = [text for name, text in wanted.items() if applied.get(name) != text]
+    return b";".join(undone + done)
+
+
+async def leave(session: Session, unit: Unit) -> None:
+    """The transaction has had no effect where it is: it ends there, to begin again elsewhere."""
+    server = session.server
+    assert server is not None
+    if session.firm:  # never: what it wrote would be gone, and nobody would be told
+        raise Refused(Refusal("XX000", "the router would have lost a part of the transaction"))
+    if unit.is_begun:  # messages about statements were answered; the implicit transaction ends, unseen by the client
+        await server.exchange(messages.SYNC, [Owed.SYNC])
+        unit.is_begun = False
+        unit.sent, unit.sent_bytes = [], 0
+    if server.status != IDLE:
+        await server.run(b"ROLLBACK")
+    session.server = None
+    if session.keeps_servers:
+        session.servers[server.shard] = server
+    elif session.servers.get(server.shard) is not server:
+        session.router.take_back(server, is_shared=True)
+
+
+async def move_on(session: Session, unit: Unit) -> None:
+    """A fence refused the unit: waits until the routes are newer, or the owner is open, for a little while."""
+    router = session.router
+    need = unit.need
+    await _leave_after_refusal(session)
+    if time.monotonic() - unit.began > router.settings.hold_timeout_s:
+        raise Refused(_held_too_long(router.settings.hold_timeout_s, need))
+    pause_s = RETRY_PAUSES_S[min(unit.retries, len(RETRY_PAUSES_S) - 1)]
+    unit.retries += 1
+    session.is_held = True
+    router.stats.held_total += unit.retries == 1
+    moves = {route.move_id for route in need.routes if route.move_id is not None}
+    await _ensure_open(session, moves)
+    await router.next_view(pause_s)
+    session.is_held = False
+
+
+async def _leave_after_refusal(session: Session) -> None:
+    server = session.server
+    assert server is not None
+    if server.status != IDLE:
+        await server.run(b"ROLLBACK")
+    session.server = None
+    session.firm = False
+    if session.keeps_servers:
+        session.servers[server.shard] = server
+    else:
+        session.router.take_back(server, is_shared=True)
+
+
+async def wait(session: Session, unit: Unit, need: Need, began: float) -> None:
+    """Until there are newer routes, or a while has passed. Raises Refused where that is too long, or too many wait."""
+    router = session.router
+    settings = router.settings
+    left_s = began + settings.hold_timeout_s - time.monotonic()
+    if left_s <= 0:
+        raise Refused(_held_too_long(settings.hold_timeout_s, need))
+    held_bytes = sum(len(item.frame) for item in unit.waiting)
+    router.stats.held_total += not unit.was_held
+    if not unit.was_held or router.held_bytes:
+        unit.was_held = True
+        if (
+            router.stats.held_now >= settings.hold_clients_max
+            or router.held_bytes + held_bytes > settings.hold_bytes_max
+        ):
+            raise Refused(
+                Refusal(
+                    "40001",
+                    "shardmove: too many statements wait for a cutover",
+                    "try again; [router] hold_clients_max and hold_bytes_max bound them",
+                )
+            )
+    session.is_held = True
+    router.stats.held_now += 1
+    router.held_bytes += held_bytes
+    started = time.monotonic()
+    try:
+        await router.next_view(min(left_s, HELD_POLL_S))
+        owners = {route.move_id for route in need.routes if route.held and route.move_id is not None}
+        if owners and not any(route.held for route in session.asked_again(unit).routes):
+            await _ensure_open(session, owners)
+    finally:
+        router.stats.hold_seconds.observe(time.monotonic() - started)
+        router.stats.held_now -= 1
+        router.held_bytes -= held_bytes
+        session.is_held = False
+
+
+async def _ensure_open(session: Session, moves: set[str]) -> None:
+    """The new owner's fence was seen, or made, open. Where that cannot be told the fence itself will say."""
+    for move_id in moves:
+        try:
+            async with asyncio.timeout(OPEN_PATIENCE_S):
+                await asyncio.wrap_future(session.router.mirroring.ensure_open(move_id))
+        except (ShardmoveError, TimeoutError):
+            continue
+
+
+def wrong_shard(shard: str, need: Need) -> Refusal:
+    return Refusal(
+        "0A000",
+        f"the transaction is on shard {shard}, and this statement's rows are on {need.shard}",
+        "a transaction belongs to the shard of its first statement with a key: use one transaction for each",
+    )
+
+
+def _held_too_long(bound_s: float, need: Need) -> Refusal:
+    moves = ", ".join(sorted({route.move_id for route in need.routes if route.move_id is not None}))
+    why = f"move {moves} has its keys held" if moves else "the router is paused"
+    return Refusal(
+        "40001",
+        f"shardmove: {why} for longer than {bound_s:g} s",
+        "try again; `shardmove diagnose` says what is stuck. [router] hold_timeout_s bounds the wait",
+    )
+
+
+# --- beginnings
+
+
+def initial_settings(parameters: Mapping[str, str]) -> dict[str, str]:
+    """What a startup packet sets, by name. Later ones win, `options` first, as PostgreSQL does it."""
+    named = dict(_options(parameters.get("options", "")))
+    for name, value in parameters.items():
+        if name not in ("options", "replication") and not name.startswith("_pq_."):
+            named[name.lower()] = value
+    for name, value in named.items():
+        if (refusal := unsafe(name, value)) is not None:
+            raise Refused(refusal)
+    return named
+
+
+def _options(text: str) -> list[tuple[str, str]]:
+    """`-c name=value` and `--name=value`; a backslash takes the next character as it is."""
+    words, word, escaped = [], "", False
+    for character in text:
+        if escaped:
+            word, escaped = word + character, False
+        elif character == "\\":
+            escaped = True
+        elif character.isspace():
+            words.append(word)
+            word = ""
+        else:
+            word += character
+    words = [each for each in [*words, word] if each]
+    found = []
+    while words:
+        first = words.pop(0)
+        if first == "-c" and words:
+            first = "--" + words.pop(0)
+        elif first.startswith("-c"):
+            first = "--" + first[2:]
+        name, equals, value = first.removeprefix("--").partition("=")
+        if not first.startswith("--") or not equals:
+            raise Refused(Refusal("22023", f"the router does not know the option {first!r}", "use -c name=value"))
+        found.append((name.replace("-", "_").lower(), value))
+    return found
+
+
+def unsafe(name: str, value: str) -> Refusal | None:
+    """Settings under which the router would read a statement otherwise than the server does."""
+    if name.lower() == "standard_conforming_strings" and value.lower() not in ("on", "true", "yes", "1"):
+        return Refusal("0A000", "the router reads statements with standard_conforming_strings on")
+    if name.lower() == "client_encoding" and value.upper().replace("-", "_") in UNSAFE_ENCODINGS:
+        return Refusal("0A000", f"the router does not read statements in {value}", "use client_encoding UTF8")
+    return None
+
+
+def set_config(name: str, value: str, *, is_local: bool = False) -> bytes:
+    """A setting as a statement, whatever its value is."""
+    local = "true" if is_local else "false"
+    return f"SELECT pg_catalog.set_config({_literal(name)}, {_literal(value)}, {local})".encode()
+
+
+def _literal(text: str) -> str:
+    """Right whatever standard_conforming_strings says."""
+    quoted = text.replace("'", "''").replace("\\", "\\\\")
+    return f" E'{quoted}'"
+
+
+def _identifier(name: str) -> bytes:
+    return b".".join(b'"' + part.replace('"', '""').encode() + b'"' for part in name.split("."))
+
+
+async def welcome(session: Session) -> dict[bytes, bytes]:
+    """What the client is told of the server's settings when it begins: asked once for each kind of client."""
+    router = session.router
+    kind = (session.user, tuple(session.settings.items()))
+    known = router.welcomes.get(kind)
+    if known is None:
+        await _take(session, Need(Kind.FREE))
+        server = session.server
+        assert server is not None
+        known = router.welcomes[kind] = dict(server.parameters)
+        session.server = None
+        if session.keeps_servers:
+            session.servers[server.shard] = server
+        else:
+            router.take_back(server, is_shared=True)
+    return dict(known)
