@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from router import placing
-from router.statements import Action, Arguments, Decision, Part, Planned, decide
+from router.statements import Action, Arguments, Decision, Facts, Part, Planned, decide
 from router.units import ANYWHERE, Change, Kind, Need, Refusal
 from shardmove.wire import messages
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from router.session import Session
 
 IDLE = ord("I")
-_LIVES_IN_CONNECTION = re.compile(rb"pg_(try_)?advisory_lock|\btemp(orary)?\b|\bwith\s+hold\b", re.IGNORECASE)
+_LIVES_IN_CONNECTION = re.compile(rb"pg_(try_)?advisory_lock|\b(pg_)?temp(orary)?\b|\bwith\s+hold\b", re.IGNORECASE)
 """What a session keeps in its connection to the server, whatever the transaction does."""
 _PIN = (Change("pin"),)
 UNDEFINED_PARAMETER = "42P02"
@@ -24,20 +24,33 @@ UNDEFINED_PARAMETER = "42P02"
 
 def ask(known: Known, planned: Planned, arguments: Arguments | None, session: Session) -> Need:
     """What the statement needs, by these routes. Never raises for what a client sent."""
-    decision = decide(planned, arguments, known, session.facts)
+    decision = decide(planned, arguments, known, _facts(session))
     refusal = decision.refusal
     if refusal is not None:
         if refusal.sqlstate == UNDEFINED_PARAMETER:
             return ANYWHERE  # every server refuses it, in its own words
         return Need(Kind.FREE, refusal=Refusal(refusal.sqlstate, refusal.message, refusal.hint))
-    if decision.action is Action.KEYED and decision.part is not None:
+    is_opaque = planned.plan.is_opaque
+    if decision.action is Action.KEYED and decision.part is not None and not (is_opaque or decision.is_hinted):
         return _keyed(known, decision, session)
     need = _BY_ACTION[decision.action](known, planned, decision, session)
+    if need.is_write and (is_opaque or decision.is_hinted or decision.action is Action.HOME):
+        need = need._replace(is_blind=True)
     if len(planned.plan.parts) > 1:
         need = _script(known, planned, need, session)
-    if not session.keeps_servers and _LIVES_IN_CONNECTION.search(planned.text):
-        need = need._replace(changes=need.changes + _PIN)
-    return need
+    if _LIVES_IN_CONNECTION.search(planned.text):
+        return need._replace(changes=need.changes + _PIN, leaves_state=True)
+    return need._replace(leaves_state=True) if is_opaque else need
+
+
+def _facts(session: Session) -> Facts:
+    """Hints that the transaction has set count at once, and end with it."""
+    unit = session.unit
+    is_hinted = unit is not None and unit.is_hinted
+    if not is_hinted and not session.is_hinted:
+        return session.variables.facts
+    of_unit = [change for need in unit.needs for change in need.changes] if unit is not None else []
+    return session.variables.facts_within([*session.changes, *of_unit])
 
 
 def _keyed(known: Known, decision: Decision, session: Session) -> Need:
@@ -46,20 +59,19 @@ def _keyed(known: Known, decision: Decision, session: Session) -> Need:
         return ANYWHERE  # no key at all, as in `key = NULL`: every server says the same
     is_write = decision.is_write or decision.locks_rows
     shard = shards[0]
-    if not is_write and len(routes) == 1 and routes[0].move_id is not None and session.status == IDLE:
+    is_plain = not is_write and not decision.is_hinted and decision.part is not None
+    if is_plain and len(routes) == 1 and routes[0].move_id is not None and session.status == IDLE:
         move = known.moves.get(routes[0].move_id)
         is_chosen = move is not None and move.phase == 4 and session.lot < move.read_share
-        if move is not None and is_chosen and _may_read_at(move.target, session):
+        if move is not None and is_chosen and _may_read_at_target(session):
             return Need(Kind.ROUTED, move.target, routes, decision=decision, is_at_target=True)
     return Need(Kind.ROUTED, shard, routes, is_write, decision=decision)
 
 
-def _may_read_at(target: str, session: Session) -> bool:
-    """What came before it in the same unit says where it runs."""
+def _may_read_at_target(session: Session) -> bool:
+    """What comes before or behind it in the same unit is the owner's, a write for one."""
     unit = session.unit
-    if unit is None:
-        return True
-    return not unit.stays_at_source and (not unit.is_bound or session.shard == target)
+    return unit is not None and unit.is_alone and not unit.stays_at_source
 
 
 Answer = Callable[["Known", Planned, Decision, "Session"], Need]
@@ -96,14 +108,21 @@ def _script(known: Known, planned: Planned, need: Need, session: Session) -> Nee
     parts = [part for part in planned.plan.parts if part.action in _CHANGING]
     if need.refusal is not None or not parts:
         return need
+    hints = [part for part in parts if part.name.startswith("shardmove.")]
+    if hints and len(hints) < len(planned.plan.parts):
+        return _refused("0A000", f"{hints[0].name} beside other statements is not routed", "send it by itself")
     each = [
         _BY_ACTION[part.action](known, planned, Decision(part.action, part=part, value=part.value), session)
         for part in parts
     ]
+    for one in each:
+        if one.refusal is not None:
+            return one
     changes = tuple(change for one in each for change in one.changes)
     if need.kind is Kind.FREE:
         need = Need(Kind.ROUTED, session.shard or placing.default_shard(session))
-    return need._replace(changes=need.changes + changes)
+    leaves_state = need.leaves_state or any(one.leaves_state for one in each)
+    return need._replace(changes=need.changes + changes, leaves_state=leaves_state)
 
 
 def _explained(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
@@ -161,10 +180,11 @@ def _begin(known: Known, planned: Planned, decision: Decision, session: Session)
 
 
 def _end(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
-    part = _part(decision)
-    if part.is_chained:
-        return ANYWHERE
-    return Need(Kind.END, tag=b"COMMIT" if decision.action is Action.COMMIT else b"ROLLBACK")
+    tag = b"COMMIT" if decision.action is Action.COMMIT else b"ROLLBACK"
+    changes = (Change(tag.decode().lower()),)
+    if _part(decision).is_chained:
+        return Need(Kind.FREE, changes=changes)
+    return Need(Kind.END, tag=tag, changes=changes)
 
 
 def _replayed(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
@@ -176,16 +196,32 @@ def _replayed(known: Known, planned: Planned, decision: Decision, session: Sessi
 def _set(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
     part = _part(decision)
     text = planned.statement(part)
+    if part.kind == _CHARACTERISTICS:
+        return Need(Kind.FREE, replayed=text, changes=_characteristics(part))
     if part.is_query:
         if decision.value is None:
-            return Need(Kind.FREE, replayed=text)
+            return Need(Kind.FREE, replayed=text, leaves_state=True)
         if (refusal := placing.unsafe(part.name, decision.value)) is not None:
             return Need(Kind.FREE, refusal=refusal)
         text = placing.set_config(part.name, decision.value, is_local=part.is_local)
-    if part.is_local:
+    if part.is_local and not part.name.startswith("shardmove."):
         return Need(Kind.FREE, replayed=text)
-    change = Change("set", part.name.lower(), text, decision.value)
+    change = Change("set local" if part.is_local else "set", part.name.lower(), text, decision.value)
     return Need(Kind.FREE, replayed=text, changes=(change,))
+
+
+_CHARACTERISTICS = "SESSION CHARACTERISTICS"
+
+
+def _characteristics(part: Part) -> tuple[Change, ...]:
+    """SET SESSION CHARACTERISTICS AS TRANSACTION …, as the settings that it sets."""
+    values = {
+        "isolation": part.isolation,
+        "read_only": None if part.is_read_only is None else str(part.is_read_only),
+        "deferrable": None if part.is_deferrable is None else str(part.is_deferrable),
+    }
+    named = [(f"default_transaction_{name}", value) for name, value in values.items() if value is not None]
+    return tuple(Change("set", name, placing.set_config(name, value), value) for name, value in named)
 
 
 def _reset(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
@@ -202,7 +238,8 @@ def _hint(known: Known, planned: Planned, decision: Decision, session: Session) 
     if part.value is None:
         return _reset(known, planned, decision, session)
     text = placing.set_config(part.name, part.value, is_local=part.is_local)
-    return Need(Kind.FREE, replayed=text, changes=(Change("set", part.name.lower(), text, part.value),))
+    change = Change("set local" if part.is_local else "set", part.name.lower(), text, part.value)
+    return Need(Kind.FREE, replayed=text, changes=(change,))
 
 
 def _discard(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
@@ -219,19 +256,19 @@ def _prepare(known: Known, planned: Planned, decision: Decision, session: Sessio
             "PREPARE of a statement on split tables is not routed",
             "use your driver's prepared statements: they are routed each time they are executed",
         )
-    return Need(Kind.ROUTED, known.home, changes=_PIN)
+    return Need(Kind.ROUTED, known.home, changes=_PIN, leaves_state=True)
 
 
 def _deallocate(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
     name = _part(decision).name
     there = [shard for shard, server in session.servers.items() if name.encode() in server.statements]
     shard = session.shard or (there[0] if there else known.home)
-    tag = b"" if session.keeps_servers or name.encode() not in session.statements else b"DEALLOCATE"
+    tag = b"" if session.keeps_servers or name.encode() not in session.prepared.statements else b"DEALLOCATE"
     return Need(Kind.FREE, shard, changes=(Change("deallocate", name),), tag=tag)
 
 
 def _listen(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
-    return Need(Kind.ROUTED, known.home, changes=_PIN)
+    return Need(Kind.ROUTED, known.home, changes=_PIN, leaves_state=True)
 
 
 def _declare(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:

@@ -186,7 +186,9 @@ def _case(router: Router, session: Session, unit: Unit) -> _Case | None:
     planned, arguments = unit.ask
     if decision.action is not Action.KEYED or len(planned.plan.parts) != 1:
         return None
-    return _Case(move, planned, arguments, decision, session.login, dict(session.settings), session.facts)
+    return _Case(
+        move, planned, arguments, decision, session.login, dict(session.variables.wanted), session.variables.facts
+    )
 
 
 @lru_cache(maxsize=1000)

@@ -178,7 +178,7 @@ class Console:
                 each.state,
                 f"{now - _since(each):.1f}",
                 each.shard,
-                len(each.statements),
+                len(each.prepared.statements),
             )
             for pid, each in sorted(self.router.sessions.items())
         ]

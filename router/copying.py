@@ -9,9 +9,11 @@ another shard fails the COPY, whole, wherever it stands.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-from router import placing
+from router import placing, retrying
+from router.refusing import error_of
 from router.statements import CopyKeys
 from router.units import ANYWHERE, Kind, Need, Refusal, Unit
 from shardmove.domain.errors import ShardmoveError
@@ -69,7 +71,7 @@ class CopyIn:
         if self._is_failing:
             return
         if self.is_open:
-            self._session.pass_copy(frame)
+            pass_on(self._session, frame)
             return
         self._early.append(frame)
         self._early_bytes += len(frame)
@@ -119,13 +121,24 @@ class CopyIn:
             self._fail(placing.wrong_shard(server.shard, need))
             return not unit.is_complete
         if server is None or need.shard not in (None, server.shard) or placing.must_wait(session, need):
-            await self._move()
+            await self._move_or_drop()
         session.settle(unit, self._need())
         self.is_open = True
         early, self._early = self._early, []
         for frame in early:
-            session.pass_copy(frame)
+            pass_on(session, frame)
         return session.is_copying or not unit.is_complete
+
+    async def _move_or_drop(self) -> None:
+        """As _move. A cancel may come between any two of its words: the connection is in no known state then."""
+        session = self._session
+        try:
+            await self._move()
+        except asyncio.CancelledError:
+            if (server := session.server) is not None:
+                session.router.in_background(_cancelled(session.router.cancel_at(server)))
+                retrying.drop_server(session)
+            raise
 
     async def _move(self) -> None:
         """Ends the COPY where it began, without a row, and says it again where it belongs; the client sees neither."""
@@ -137,7 +150,7 @@ class CopyIn:
             raise placing.Refused(Refusal("54000", "the COPY statement is too long to be sent to another shard"))
         said = [item for item in unit.sent if item.owed is not Owed.SYNC]
         self._left = loop.create_future()
-        session.is_muted = True
+        session.replies.is_muted = True
         server.send(messages.copy_fail("shardmove: its rows belong to another shard"))
         if not unit.is_simple:
             server.replies.sent(Owed.SYNC)
@@ -152,7 +165,7 @@ class CopyIn:
             assert session.server is not None
             session.server.send(messages.message(b"H"))
         await self._opened
-        session.is_muted = False
+        session.replies.is_muted = False
 
     def on_ready(self) -> None:
         """It ended where it began."""
@@ -170,6 +183,32 @@ class CopyIn:
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(placing.Failed(frame))
 
+    def on_server_lost(self, error: Exception) -> None:
+        for waited in (self._left, self._opened):
+            if waited is not None and not waited.done():
+                waited.set_exception(error)
+
     def _fail(self, refusal: Refusal) -> None:
+        """Makes the server fail the COPY; its error is replaced. What the client still sends of it is dropped."""
+        session = self._session
         self._is_failing = True
-        self._session.fail_copy(refusal)
+        session.router.stats.refused += 1
+        session.replies.replacement = error_of(refusal)
+        pass_on(session, messages.copy_fail(refusal.message))
+
+
+async def _cancelled(cancel: Awaitable[None]) -> None:
+    """What the connection waits for, a lock maybe, would keep its backend long after the client's end is gone."""
+    await cancel
+
+
+def pass_on(session: Session, frame: bytes) -> None:
+    """To the server that takes the rows. Whatever is no row ends the COPY."""
+    if session.server is None:
+        return
+    session.server.send(frame)
+    if frame[0] != _DATA:
+        session.is_copying = False
+        session.copy = None
+        if session.unit is not None and session.unit.is_complete:
+            session.is_blocked = True

@@ -181,7 +181,11 @@ class Epochs:
 
     def is_fresh(self, now: float) -> bool:
         """Whether the view may be used for a moving range at that time, on `time.monotonic()` (I9)."""
-        return now - self._confirmed_at < self._confirm_s
+        return self.unconfirmed_s(now) < self._confirm_s
+
+    def unconfirmed_s(self, now: float) -> float:
+        """For how long the catalog has not confirmed the view."""
+        return now - self._confirmed_at
 
     def acknowledge(self, epoch: int) -> None:
         """Nothing here is decided by an older epoch any more. Safe to repeat; only upwards."""

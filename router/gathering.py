@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from router import placing
+from router.opening import NoServer
 from router.server import Server
 from router.units import Item, Refusal, Statement, Unit
 from shardmove.wire import messages
@@ -146,9 +147,12 @@ async def take(session: Session, shard: str) -> Lent:
     is_kept = server is not None or session.keeps_servers
     if server is None:
         server = await session.router.pool(shard, session.login).acquire()
-    server.holder = session
+    server.holder = session.replies
     try:
         await placing.prepare(session, server)
+    except placing.Spoilt as error:
+        session.router.forget(server)
+        raise NoServer(f"a connection to shard {shard} cannot be brought back to its own settings") from error
     except BaseException:
         session.router.take_back(server, is_shared=not is_kept)
         raise

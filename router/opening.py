@@ -70,7 +70,8 @@ class _Greeter(asyncio.Protocol):
                 if answer := self.login.receive(kind, frame[5:]):
                     self.transport.write(answer)
                 if self.login.is_done:
-                    self.logged_in.set_result(b"")
+                    if not self.logged_in.done():  # whoever waited may have given up
+                        self.logged_in.set_result(b"")
                     return
         except ShardmoveError as error:
             self._fail(error)

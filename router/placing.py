@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from router.opening import NoServer
 from router.server import Server, ServerError
 from router.units import Kind, Need, Refusal, Unit
+from router.variables import IDENTITY
 from shardmove.domain.errors import ShardmoveError
 from shardmove.wire import messages
 from shardmove.wire.streams import Owed
@@ -31,6 +32,7 @@ UNSAFE_ENCODINGS = frozenset(
 )
 """In these a byte of a longer character may look like a quote or a backslash."""
 OPEN_PATIENCE_S = 1.0
+SPOILT_MAX = 5
 
 
 class Refused(Exception):
@@ -39,6 +41,10 @@ class Refused(Exception):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
+
+
+class Spoilt(Exception):
+    """What another client set on the connection cannot be undone by this one: nobody can have it any more."""
 
 
 class Failed(Exception):
@@ -52,6 +58,9 @@ class Failed(Exception):
 def must_wait(session: Session, need: Need) -> bool:
     """Whether it may not begin now: its range is held, or the routes are too old to send anything to a moving range.
 
+    After a longer while they are too old for any range, also one that they know of no move of: it may have moved, and
+    its old rows may be erased (`[router] stale_after_s`).
+
     What has begun goes on: a transaction that wrote is waited for by whoever closes the range, not the other way round.
     """
     router = session.router
@@ -59,12 +68,14 @@ def must_wait(session: Session, need: Need) -> bool:
         return False
     if router.is_paused and session.server is None:
         return True
-    is_stale = False
+    is_moving = False
     for route in need.routes:
         if route.held and (need.is_write or session.status == IN_TRANSACTION):
             return True
-        is_stale = is_stale or route.move_id is not None
-    return is_stale and not router.is_fresh()
+        is_moving = is_moving or route.move_id is not None
+    if is_moving:
+        return not router.is_fresh()
+    return bool(need.routes) and router.is_stale()
 
 
 def at_once(session: Session, unit: Unit, need: Need) -> Server | None:
@@ -81,12 +92,12 @@ def at_once(session: Session, unit: Unit, need: Need) -> Server | None:
         server = pool.take()
         if server is None:
             return None
-        if server.applied != session.settings:
+        if server.applied != session.variables.wanted:
             pool.give_back(server)
             return None
-    elif server.applied != session.settings or server.is_closed:
+    elif server.applied != session.variables.wanted or server.is_closed:
         return None
-    server.holder = session
+    server.holder = session.replies
     session.server = server
     if replay:  # a plain BEGIN cannot fail where the statement behind it could succeed: no need to wait for it
         server.run(replay[0])
@@ -119,6 +130,9 @@ async def attach(session: Session, unit: Unit) -> None:
         if server is None:
             view = router.view
             await _take(session, need)
+            if router.is_paused or must_wait(session, need):  # the line was long: others may have use for it
+                await leave(session, unit)
+                continue
             if router.view is not view:
                 continue
         return
@@ -129,48 +143,82 @@ async def _take(session: Session, need: Need) -> None:
     router = session.router
     shards = [need.shard] if need.shard is not None else [default_shard(session), *router.shards]
     for number, shard in enumerate(dict.fromkeys(shards), start=1):
+        try:
+            await _take_at(session, shard)
+        except NoServer:
+            if number == len(set(shards)):
+                raise
+            continue
+        return
+
+
+async def _take_at(session: Session, shard: str) -> None:
+    router = session.router
+    for _ in range(SPOILT_MAX):
         server = session.servers.get(shard)
         if server is None:
             began = time.monotonic()
-            try:
-                server = await router.pool(shard, session.login).acquire()
-            except NoServer:
-                if number == len(set(shards)):
-                    raise
-                continue
+            server = await router.pool(shard, session.login).acquire()
             router.stats.wait_seconds.observe(time.monotonic() - began)
-        server.holder = session
+        server.holder = session.replies
         session.server = server
         try:
             await prepare(session, server)
+        except Spoilt:
+            session.server = None
+            session.servers.pop(server.shard, None)
+            router.forget(server)
+            continue
         except ServerError:
             session.server = None
             session.servers.pop(server.shard, None)
             router.take_back(server, is_shared=not session.keeps_servers)
             raise
         except asyncio.CancelledError:
-            session.server = None  # what it was told last is on its way: its state is not known
-            session.servers.pop(server.shard, None)
-            router.forget(server)
+            if session.server is server:  # else the client has left, and the connection may be another's by now
+                session.server = None  # what it was told last is on its way: its state is not known
+                session.servers.pop(server.shard, None)
+                router.forget(server)
             raise
         return
+    raise NoServer(f"the connections to shard {shard} cannot be brought back to their own settings")
 
 
 async def prepare(session: Session, server: Server) -> None:
-    """The session's settings, then the transaction as far as it has come."""
-    if text := difference(server.applied, session.settings):
-        wanted = dict(session.settings)
-        await server.run(text)
-        server.applied = wanted
+    """The session's settings, then the transaction as far as it has come. Raises Spoilt, ServerError, ServerLost."""
+    wanted = dict(session.variables.wanted)
+    undone, done = _steps(server.applied, wanted)
+    held_state, server.holds_state = server.holds_state, True  # until it is booked: the client may leave at any moment
+    steps = [server.run(b";".join(each)) for each in (undone, done) if each]  # one way, not two
+    results = await asyncio.gather(*steps, return_exceptions=True)
+    if undone:
+        if isinstance(results[0], ServerError):
+            raise Spoilt from results[0]
+        kept = {name: text for name, text in server.applied.items() if name in wanted and name not in IDENTITY}
+        server.applied = kept
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    server.applied, server.holds_state = wanted, held_state
     for each in session.replay:
         await server.run(each)
 
 
 def difference(applied: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> bytes:
     """The statements that make one into the other."""
-    undone = [b"RESET " + _identifier(name) for name in applied if name not in wanted]
-    done = [text for name, text in wanted.items() if applied.get(name) != text]
+    undone, done = _steps(applied, wanted)
     return b";".join(undone + done)
+
+
+def _steps(applied: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> tuple[list[bytes], list[bytes]]:
+    """What is undone, and what is set then. Who the session is comes first: another role may not change the rest."""
+    if applied == wanted:
+        return [], []
+    names = [name for name in IDENTITY if name in applied]
+    names += [name for name in applied if name not in wanted and name not in IDENTITY]
+    undone = [b"RESET " + _identifier(name) for name in names]
+    done = [text for name, text in wanted.items() if name in IDENTITY or applied.get(name) != text]
+    return undone, done
 
 
 async def leave(session: Session, unit: Unit) -> None:
@@ -182,7 +230,7 @@ async def leave(session: Session, unit: Unit) -> None:
     if unit.is_begun:  # messages about statements were answered; the implicit transaction ends, unseen by the client
         await server.exchange(messages.SYNC, [Owed.SYNC])
         unit.is_begun = False
-        unit.sent, unit.sent_bytes = [], 0
+        unit.sent, unit.sent_bytes = None if unit.is_once else [], 0
     if server.status != IDLE:
         await server.run(b"ROLLBACK")
     session.server = None
@@ -198,7 +246,7 @@ async def move_on(session: Session, unit: Unit) -> None:
     need = unit.need
     await _leave_after_refusal(session)
     if time.monotonic() - unit.began > router.settings.hold_timeout_s:
-        raise Refused(_held_too_long(router.settings.hold_timeout_s, need))
+        raise Refused(_held_too_long(session, need))
     pause_s = RETRY_PAUSES_S[min(unit.retries, len(RETRY_PAUSES_S) - 1)]
     unit.retries += 1
     session.is_held = True
@@ -228,7 +276,7 @@ async def wait(session: Session, unit: Unit, need: Need, began: float) -> None:
     settings = router.settings
     left_s = began + settings.hold_timeout_s - time.monotonic()
     if left_s <= 0:
-        raise Refused(_held_too_long(settings.hold_timeout_s, need))
+        raise Refused(_held_too_long(session, need))
     held_bytes = sum(len(item.frame) for item in unit.waiting)
     router.stats.held_total += not unit.was_held
     if not unit.was_held or router.held_bytes:
@@ -278,9 +326,12 @@ def wrong_shard(shard: str, need: Need) -> Refusal:
     )
 
 
-def _held_too_long(bound_s: float, need: Need) -> Refusal:
+def _held_too_long(session: Session, need: Need) -> Refusal:
+    bound_s = session.limits.hold_timeout_s
     moves = ", ".join(sorted({route.move_id for route in need.routes if route.move_id is not None}))
     why = f"move {moves} has its keys held" if moves else "the router is paused"
+    if need.routes and not need.is_held and not session.router.is_fresh():
+        why = "the catalog is away, and has not confirmed the routes,"
     return Refusal(
         "40001",
         f"shardmove: {why} for longer than {bound_s:g} s",
@@ -359,7 +410,7 @@ def _identifier(name: str) -> bytes:
 async def welcome(session: Session) -> dict[bytes, bytes]:
     """What the client is told of the server's settings when it begins: asked once for each kind of client."""
     router = session.router
-    kind = (session.user, tuple(session.settings.items()))
+    kind = (session.user, tuple(session.variables.wanted.items()))
     known = router.welcomes.get(kind)
     if known is None:
         await _take(session, Need(Kind.FREE))

@@ -47,7 +47,7 @@ class Pool:
         self._servers_max = servers_max
         self._queue_timeout_s = queue_timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._opening = 0
+        self._opening = self._replacing = 0
         self._line: deque[_Waiting] = deque()
 
     @property
@@ -115,8 +115,7 @@ class Pool:
         with suppress(ValueError):
             self.idle.remove(server)
         server.close()
-        if self._line and len(self.servers) + self._opening < self._servers_max:
-            asyncio.get_running_loop().create_task(self._replace())
+        self._refill()
 
     def close_older(self, age_s: float) -> None:
         """Closes what has been idle for so long."""
@@ -130,6 +129,11 @@ class Pool:
 
     async def _open(self) -> Server:
         self._opening += 1
+        return await self._opened()
+
+    async def _opened(self) -> Server:
+        """One more connection, which is counted as being opened already."""
+        is_open = False
         try:
             server = await open_server(
                 self.shard,
@@ -137,22 +141,38 @@ class Pool:
                 self.credentials,
                 timeout_s=self._connect_timeout_s,
             )
+            is_open = True
         except NoServer as error:
             self.trouble = error.message
+            self._fail_line(error)
             raise
         finally:
             self._opening -= 1
+            if not is_open:
+                self._refill()  # whoever is in line waited for this one, too
         self.trouble = None
         self.servers.add(server)
         return server
 
+    def _fail_line(self, error: NoServer) -> None:
+        """The shard takes no connection: those in line need not wait to hear that."""
+        line, self._line = self._line, deque()
+        for waiting in line:
+            if not waiting.lent.done():
+                waiting.lent.set_exception(error)
+
+    def _refill(self) -> None:
+        """Opens connections for those in line, as far as there is room."""
+        while self._replacing < len(self._line) and len(self.servers) + self._opening < self._servers_max:
+            self._opening += 1
+            self._replacing += 1
+            asyncio.get_running_loop().create_task(self._replace())
+
     async def _replace(self) -> None:
         try:
-            server = await self._open()
-        except NoServer as error:
-            if self._line:
-                waiting = self._line.popleft()
-                if not waiting.lent.done():
-                    waiting.lent.set_exception(error)
+            server = await self._opened()
+        except NoServer:
             return
+        finally:
+            self._replacing -= 1
         self.give_back(server)

@@ -310,7 +310,7 @@ class _Read:
             )
         if not merge.order:
             return None
-        parameters = session.parameters
+        parameters = session.variables.reported
         settings = merging.Settings(
             is_iso=parameters.get(b"DateStyle", b"").startswith(b"ISO"),
             is_server_encoding=parameters.get(b"client_encoding") == parameters.get(b"server_encoding"),

@@ -119,7 +119,8 @@ class Server(asyncio.Protocol):
         status: the last ReadyForQuery's: I, T or E, as a byte.
         parameters: what the server reported of its settings.
         applied: session settings that were set here, name by name, as the statement that set each.
-        statements: what was prepared here, by its name on this connection.
+        statements: what was prepared here, by its name on this connection; on one that is shared, used last comes last.
+        holds_state: a client has left something here that is not known, or cannot be said again elsewhere.
     """
 
     def __init__(self, shard: str, user: str) -> None:
@@ -132,6 +133,7 @@ class Server(asyncio.Protocol):
         self.parameters: dict[bytes, bytes] = {}
         self.applied: dict[str, bytes] = {}
         self.statements: dict[bytes, object] = {}
+        self.holds_state = False
         self.holder: Holder | None = None
         self.since = time.monotonic()
         self.is_closed = False

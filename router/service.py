@@ -199,6 +199,10 @@ class Router:
         """Whether the view is confirmed that decisions are made by, and not a newer one that waits for the loop."""
         return self.epochs.is_fresh(time.monotonic()) and self.epochs.view is self.view
 
+    def is_stale(self) -> bool:
+        """Whether the view is too old for any range: one that it knows of no move of may be elsewhere by now."""
+        return self.epochs.unconfirmed_s(time.monotonic()) > self.settings.stale_s
+
     def plan(self, text: bytes) -> Planned:
         return self.plans.of(text)
 
@@ -233,6 +237,14 @@ class Router:
 
     # --- moves
 
+    def moves_from(self, shard: str | None) -> set[str]:
+        """The moves whose ranges the shard owns: of what is written there unseen any may be in one."""
+        known = self.known
+        if not known.moves:
+            return set()
+        routes = (route for each in known.routes.keyspaces.values() for route in each.routes if route.shard == shard)
+        return {route.move_id for route in routes if route.move_id is not None}
+
     def wake(self, moves: Iterable[str]) -> None:
         """Something was committed in these moves' ranges: the mirror carries it at once."""
         for move_id in moves:
@@ -256,7 +268,9 @@ class Router:
 
         Where the other side takes longer than the bound, the range goes back to phase 3. Another router may not have
         heard of that yet, and send reads there still: so it goes on until the routers have, or the time has passed in
-        which one that heard of nothing stops by itself (I9).
+        which one that heard of nothing stops by itself (I9). That time has passed here, too, where the catalog has been
+        away for so long: then a client is not made to wait for what may never come. (A router that does reach the
+        catalog while this one reaches neither catalog nor target may read there without this commit.)
         """
         for move_id in moves:
             while (move := self.known.moves.get(move_id)) is not None and self._is_acknowledged_late(move):
@@ -266,6 +280,9 @@ class Router:
                     break
                 except (ShardmoveError, TimeoutError) as error:
                     await self._fall_back(move, str(error) or "the target took too long")
+                    if self.epochs.unconfirmed_s(time.monotonic()) > 1.25 * self.settings.confirm_s:
+                        log.warning("a commit was acknowledged before the other side had it", move=move_id)
+                        break
                     await self.next_view(MIRROR_PAUSE_S)
 
     def give_up_target(self, need: Need, reason: str) -> None:
@@ -308,8 +325,9 @@ class Router:
             pool.discard(server)
 
     def take_back(self, server: Server, *, is_shared: bool) -> None:
-        """A client has done with a connection. One that it kept forgets all that the client said first."""
+        """A client has done with a connection. One that it kept, or left something in, forgets all of that first."""
         server.holder = None
+        is_shared = is_shared and not server.holds_state
         if server.cancels:  # a cancel that is on its way must not hit whoever comes next
             server.when_cancelled = lambda: self.take_back(server, is_shared=is_shared)
             return
@@ -330,6 +348,7 @@ class Router:
                     server.applied.clear()
                     server.statements.clear()
                     await server.run(b"DISCARD ALL")
+                    server.holds_state = False
         except (ServerError, ServerLost, TimeoutError):
             pool.discard(server)
             return
@@ -383,10 +402,10 @@ class Router:
 
     def cancel_at(self, server: Server) -> Awaitable[None]:
         """Asks the shard to cancel what the connection runs."""
-        return self._cancel(server)
+        server.cancels += 1  # at once: from now on nobody else gets the connection
+        return asyncio.shield(self.in_background(self._cancel(server)))
 
     async def _cancel(self, server: Server) -> None:
-        server.cancels += 1
         try:
             await cancel(server.host, server.pid, server.secret, timeout_s=self.settings.connect_timeout_s)
         finally:

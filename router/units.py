@@ -47,10 +47,15 @@ class Kind(Enum):
 class Change(NamedTuple):
     """What a statement leaves in the session once it is committed. `name`: a setting, a statement, a savepoint."""
 
-    what: str  # set, reset, discard, deallocate, pin; savepoint, release, rollback to
+    what: str  # set, set local, reset, discard, deallocate, pin; savepoint, release, rollback to; commit, rollback
     name: str = ""
     text: bytes = b""
     value: str | None = None
+
+    @property
+    def is_hint(self) -> bool:
+        """It changes what the router goes by."""
+        return self.name.startswith("shardmove.") or (self.what in ("reset", "discard") and not self.name)
 
 
 class Need(NamedTuple):
@@ -63,6 +68,8 @@ class Need(NamedTuple):
         tag: of BEGIN, COMMIT and the like: what the router answers itself where no shard knows of the transaction.
         notice: what the client is told beforehand.
         is_at_target: a read that goes to the target of a move, which does not own the rows yet (phase 4).
+        is_blind: it may write to rows that the router does not see: to any that its shard owns.
+        leaves_state: something may be left in the connection that nobody can say again elsewhere, or undo by name.
     """
 
     kind: Kind
@@ -76,6 +83,8 @@ class Need(NamedTuple):
     notice: bytes = b""
     decision: Decision | None = None
     is_at_target: bool = False
+    is_blind: bool = False
+    leaves_state: bool = False
 
     @property
     def is_held(self) -> bool:
@@ -83,18 +92,27 @@ class Need(NamedTuple):
 
 
 def surviving(changes: Iterable[Change]) -> list[Change]:
-    """What is left of a transaction's changes at its end: what was rolled back to a savepoint is not."""
+    """What is left of a transaction's changes at its end, or of several: what was rolled back is not.
+
+    A connection that the client keeps stays its own whatever was rolled back: an advisory lock is still there.
+    """
     left: list[Change] = []
+    done: list[Change] = []
     for change in changes:
+        if change.what in ("commit", "rollback"):
+            is_kept = change.what == "commit"
+            done += [each for each in left if each.what == "pin" or (is_kept and each.what != "set local")]
+            left = []
+            continue
         if change.what not in ("release", "rollback to"):
             left.append(change)
             continue
         marks = [at for at, each in enumerate(left) if each.what == "savepoint" and each.name == change.name]
         if marks and change.what == "rollback to":
-            del left[marks[-1] + 1 :]
+            left[marks[-1] + 1 :] = [each for each in left[marks[-1] + 1 :] if each.what == "pin"]
         elif marks:
             left[marks[-1] :] = [each for each in left[marks[-1] :] if each.what != "savepoint"]
-    return left
+    return done + left
 
 
 ANYWHERE = Need(Kind.FREE)
@@ -150,6 +168,10 @@ class Unit:
         is_answered: they have, at a Flush.
         stays_at_source: it was tried at a move's target, which did not answer.
         parsed: names that its Parse messages gave, with what they named before; taken back where it fails.
+        is_alone: it is one statement, and nothing else.
+        has_ended: the end of a transaction block is among what was bound.
+        is_hinted: it sets a hint, which counts for what comes behind it.
+        is_once: nothing of it is ever sent again: a part of it may be committed, or was in a transaction before it.
     """
 
     began: float = field(default_factory=time.monotonic)
@@ -172,6 +194,21 @@ class Unit:
     needs: list[Need] = field(default_factory=list)
     retries: int = 0
     was_held: bool = False
+    is_alone: bool = False
+    has_ended: bool = False
+    is_hinted: bool = False
+    is_once: bool = False
+
+    def add(self, need: Need) -> None:
+        """A statement that is executed."""
+        self.needs.append(need)
+        if need.changes and any(change.is_hint for change in need.changes):
+            self.is_hinted = True
+            self.forbid_retry()  # the hint is for what follows it, and a second look would take it for what came before
+
+    def forbid_retry(self) -> None:
+        self.is_once = True
+        self.sent = None
 
     def remember(self, items: Sequence[Item], bytes_max: int) -> None:
         """Keeps what was sent, for a second try, unless it is too much."""

@@ -171,6 +171,8 @@ class RouterSettings:
     """Bytes of held statements, per process."""
     confirm_s: float = 3.0
     """A route table that the catalog has not confirmed for so long is not used: statements are held until it is."""
+    stale_after_s: float = 60.0
+    """For so long a route table that the catalog does not confirm is used for ranges which it says are not moving."""
     target_patience_s: float = 1.0
     """How long a commit may wait for the mirror in phase 4 before the range goes back to phase 3."""
     connect_timeout_s: float = 5.0
@@ -209,6 +211,10 @@ class RouterSettings:
     @property
     def addresses(self) -> tuple[Address, ...]:
         return tuple(Address.parse(each) for each in self.listen.split(","))
+
+    @property
+    def stale_s(self) -> float:
+        return max(self.stale_after_s, self.confirm_s)
 
     @property
     def metrics_address(self) -> Address | None:

@@ -236,6 +236,8 @@ class Part:
     copy_out: CopyOut | None = None
     hint: Hint | None = None
     refusal: Refusal | None = None
+    is_opaque: bool = False
+    """It runs code of which nothing is known: what that leaves in the session is not known either."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,6 +247,10 @@ class Plan:
     parts: tuple[Part, ...]
     needs_literals: bool = False
     """It rests on the literals' values: another text needs a plan of its own."""
+    is_opaque: bool = False
+    """One of its parts is, or what that explains, declares or prepares."""
+    may_commit: bool = False
+    """It ends a transaction, or calls what may: said again, it would do again what is committed."""
 
     @property
     def refusal(self) -> Refusal | None:
@@ -315,3 +321,5 @@ class Decision(NamedTuple):
     value: str | None = None
     """Of SET: the value, also where it came as a parameter."""
     stays: bool = False
+    is_hinted: bool = False
+    """The client's own word says where it goes: what rows it touches is not known."""

@@ -122,7 +122,7 @@ def _hinted(part: Part, hint: Hint, view: View) -> Decision:
     if part.needs_home and route.shard != view.home:
         return _refused(part, _apart(view.home))
     action = part.action if part.action in _KEEP_ACTION else Action.KEYED
-    return Decision(action, (route.shard,), (route,), part.is_write, part.locks_rows, part=part)
+    return Decision(action, (route.shard,), (route,), part.is_write, part.locks_rows, part=part, is_hinted=True)
 
 
 _KEEP_ACTION = frozenset({Action.COPY_IN, Action.COPY_OUT, Action.EXPLAIN, Action.DECLARE})
@@ -200,6 +200,8 @@ def _decide_script(planned: Planned, arguments: Arguments | None, view: View, fa
     for decision in decisions:
         if decision.refusal is not None:
             return decision
+        if decision.action is Action.COPY_IN and not decision.shards and len(view.shards) > 1:
+            return Decision(Action.REFUSED, is_write=True, refusal=_COPY_IN_SCRIPT)
     placed = [decision for decision in decisions if decision.shards]
     shards = tuple(dict.fromkeys(shard for decision in placed for shard in decision.shards))
     routes = tuple(dict.fromkeys(route for decision in placed for route in decision.routes))
@@ -209,7 +211,9 @@ def _decide_script(planned: Planned, arguments: Arguments | None, view: View, fa
         return Decision(Action.FREE, is_write=is_write)
     if len(shards) == 1:
         is_home = all(decision.action is Action.HOME for decision in placed)
-        return Decision(Action.HOME if is_home else Action.KEYED, shards, routes, is_write, locks_rows)
+        is_hinted = any(decision.is_hinted for decision in placed)
+        action = Action.HOME if is_home else Action.KEYED
+        return Decision(action, shards, routes, is_write, locks_rows, is_hinted=is_hinted)
     if all(decision.action in (Action.DDL, Action.REFERENCE_WRITE) for decision in placed):
         return Decision(Action.DDL, shards, is_write=True)
     refusal = Refusal(
@@ -218,6 +222,13 @@ def _decide_script(planned: Planned, arguments: Arguments | None, view: View, fa
         "send them one by one",
     )
     return Decision(Action.REFUSED, refusal=refusal)
+
+
+_COPY_IN_SCRIPT: Final = Refusal(
+    NOT_SUPPORTED,
+    "COPY into a split table beside other statements is not routed: its rows say where it goes",
+    "send it by itself",
+)
 
 
 def execute_arguments(planned: Planned, part: Part, types: Sequence[int] = ()) -> Arguments | None:

@@ -62,6 +62,30 @@ UNEQUAL: Final = frozenset(
     """.split()  # noqa: SIM905
 )
 """They give every shard another value."""
+HARMLESS: Final = UNEQUAL | frozenset(
+    """
+    acldefault aclexplode array_sample array_shuffle array_sort col_description
+    current_query enum_first enum_last enum_range erf erfc format_type has_any_column_privilege has_column_privilege
+    has_database_privilege has_function_privilege has_schema_privilege has_sequence_privilege has_table_privilege
+    inet_client_addr inet_client_port inet_server_addr inet_server_port json_table jsonb_path_exists_tz makeaclitem
+    obj_description pg_advisory_xact_lock pg_advisory_xact_lock_shared pg_blocking_pids pg_char_to_encoding
+    pg_client_encoding pg_collation_is_visible pg_column_compression pg_column_size pg_conf_load_time
+    pg_current_wal_insert_lsn pg_current_wal_lsn pg_database_size pg_encoding_to_char pg_function_is_visible
+    pg_get_constraintdef pg_get_expr pg_get_function_arguments pg_get_function_identity_arguments
+    pg_get_function_result pg_get_functiondef pg_get_indexdef pg_get_keywords pg_get_partition_constraintdef
+    pg_get_partkeydef pg_get_ruledef pg_get_serial_sequence pg_get_statisticsobjdef pg_get_triggerdef pg_get_userbyid
+    pg_get_viewdef pg_has_role pg_indexes_size pg_index_column_has_property pg_is_in_recovery pg_is_other_temp_schema
+    pg_listening_channels pg_lock_status pg_my_temp_schema pg_opclass_is_visible pg_operator_is_visible
+    pg_options_to_table pg_partition_ancestors pg_partition_root pg_partition_tree pg_postmaster_start_time
+    pg_relation_filepath pg_relation_is_publishable pg_relation_size pg_sequence_last_value pg_size_bytes
+    pg_size_pretty pg_sleep pg_sleep_for pg_sleep_until pg_snapshot_xmax pg_snapshot_xmin pg_stat_get_activity
+    pg_table_is_visible pg_table_size pg_tablespace_location pg_timezone_abbrevs pg_timezone_names
+    pg_total_relation_size pg_trigger_depth pg_try_advisory_xact_lock pg_try_advisory_xact_lock_shared
+    pg_ts_config_is_visible pg_type_is_visible pg_typeof pg_wal_lsn_diff row_security_active shobj_description
+    to_regclass to_regnamespace to_regproc to_regrole to_regtype txid_current_if_assigned txid_status
+    """.split()  # noqa: SIM905
+)
+"""Of no list above, and yet nothing of them outlives their transaction in the session."""
 UNEQUAL_WORDS: Final = frozenset(
     """
     CURRENT_TIMESTAMP CURRENT_TIME LOCALTIME LOCALTIMESTAMP

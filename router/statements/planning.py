@@ -12,6 +12,8 @@ from router.statements.statement import Statement
 from router.statements.tables import Tables
 from router.statements.utility import utility_part
 
+_ENDS = frozenset({Action.COMMIT, Action.ROLLBACK, Action.PREPARED_TRANSACTION})
+
 
 def plan_of(text: str, found: Sequence[Token], literals: Sequence[Literal], tables: Tables) -> Plan:
     """The plan of a text whose tokens are given."""
@@ -25,7 +27,9 @@ def plan_of(text: str, found: Sequence[Token], literals: Sequence[Literal], tabl
         part = part_of(statement)
         parts.append(replace(part, start=first, end=last, hint=hint))
         needs_literals = needs_literals or statement.needs_literals
-    return Plan(tuple(parts) or (Part(Action.EMPTY),), needs_literals)
+    is_opaque = any(part.is_opaque or (part.inner is not None and part.inner.is_opaque) for part in parts)
+    may_commit = any(part.action in _ENDS or part.kind in ("CALL", "DO") for part in parts)
+    return Plan(tuple(parts) or (Part(Action.EMPTY),), needs_literals, is_opaque, may_commit)
 
 
 def part_of(statement: Statement) -> Part:

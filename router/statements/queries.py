@@ -15,7 +15,7 @@ from sqlglot import exp
 
 from router.statements.actions import NOT_SUPPORTED, Action, Keys, MergePlan, Origin, Part, Refusal, Term
 from router.statements.contexts import Closure
-from router.statements.functions import UNEQUAL, UNEQUAL_WORDS
+from router.statements.functions import HARMLESS, UNEQUAL, UNEQUAL_WORDS
 from router.statements.levels import level_obstacle
 from router.statements.naming import named_tables
 from router.statements.ordering import merge_plan
@@ -77,11 +77,11 @@ def _unplanned(statement: Statement, error: Unplannable) -> Part:
     """A statement that names no table of a keyspace goes home unread; others have to be understood."""
     named = named_tables(statement)
     if not named and error.sqlstate != "54001":
-        return Part(Action.HOME, is_write=True)
+        return Part(Action.HOME, is_write=True, is_opaque=True)
     refusal = Refusal(error.sqlstate, error.message, error.hint or _NAME_IT)
     keyspaces = tuple(dict.fromkeys(split.keyspace.name for split in named if split.column is not None))
     tables = tuple(split.table for split in named)
-    return Part(Action.REFUSED, is_write=True, keyspaces=keyspaces, tables=tables, refusal=refusal)
+    return Part(Action.REFUSED, is_write=True, keyspaces=keyspaces, tables=tables, refusal=refusal, is_opaque=True)
 
 
 class Walk(Writing):
@@ -109,9 +109,11 @@ class Walk(Writing):
         splits = [leaf.split for leaf in self.leaves]
         named = {split.table: split for _, split in self.refs if split is not None}
         named.update({split.table: split for split in self.written if split is not None})
+        is_opaque = not self.unknown_calls <= HARMLESS
         common: dict[str, Any] = {
-            "is_write": bool(self.written),
+            "is_write": bool(self.written) or is_opaque,
             "locks_rows": self.locks_rows,
+            "is_opaque": is_opaque,
             "tables": tuple(named),
             "keyspaces": tuple(dict.fromkeys(s.keyspace.name for s in named.values() if s.column is not None)),
         }

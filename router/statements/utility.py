@@ -25,7 +25,7 @@ def utility_part(statement: Statement, part_of: PartOf) -> Part:
         return _WITHIN[word](statement, part_of)
     if word in _DDL:
         return _ddl(statement)
-    return Part(Action.HOME, is_write=True)
+    return Part(Action.HOME, is_write=True, is_opaque=True)
 
 
 # Transactions
@@ -419,7 +419,7 @@ def _lock(s: Statement) -> Part:
 
 def _effects(s: Statement) -> Part:
     """DO and CALL: what they touch is not seen, so they go home, or where a hint sends them."""
-    return Part(Action.HOME, is_write=True)
+    return Part(Action.HOME, is_write=True, is_opaque=True, kind=s.word(0))
 
 
 def _copy(s: Statement, part_of: PartOf) -> Part:
@@ -435,18 +435,19 @@ def _ddl(s: Statement) -> Part:
     tables = tuple(split.table for split in named)
     keyspaces = tuple(dict.fromkeys(split.keyspace.name for split in named if split.column is not None))
     words = [token.word for token in s.tokens[:6]]
-    if words[:1] == ["CREATE"] and ("TEMP" in words or "TEMPORARY" in words):
+    names = [token.name for token in s.tokens[:8] if token.kind in ("word", "identifier")]
+    if "pg_temp" in names or (words[:1] == ["CREATE"] and ("TEMP" in words or "TEMPORARY" in words)):
         return (
             _refused_with(s, "a temporary table of a split table's rows", _PARTIAL)
             if keyspaces
-            else Part(Action.HOME, is_write=True)
+            else Part(Action.HOME, is_write=True, is_opaque=True)
         )
     is_table = words[:2] == ["CREATE", "TABLE"] or words[:3] == ["CREATE", "UNLOGGED", "TABLE"]
     if is_table and _has_query(s):
         return (
             _refused_with(s, "CREATE TABLE AS of a split table's rows", _PARTIAL)
             if keyspaces
-            else Part(Action.HOME, is_write=True)
+            else Part(Action.HOME, is_write=True, is_opaque=True)
         )
     if words[:3] == ["CREATE", "MATERIALIZED", "VIEW"] and keyspaces:
         return _refused_with(s, "a materialized view of a split table", _PARTIAL)

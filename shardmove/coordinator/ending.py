@@ -77,6 +77,7 @@ def _grace(hold: Hold) -> None:
         hold.stop.wait(max(0.0, hold.config.limits.keep_source_s - switched_for_s))
         hold.check()
     hold.await_routers(f"erasing the range on {hold.move.source}")
+    hold.await_silent_routers()
 
 
 def _last_catch_up(hold: Hold) -> None:

@@ -30,6 +30,7 @@ PAUSE_LOOK_S = 1.0
 
 ROUTERS_PATIENCE_S = 15.0
 """How long routers are waited for before their reads' side is changed or erased; one that dies is let go sooner."""
+SILENT_LOOK_S = 0.2
 
 
 @dataclass(slots=True)
@@ -147,6 +148,17 @@ class Hold:
                 f" {', '.join(map(str, late))}",
                 hint="look at their logs, or stop them: one that is silent is not waited for",
             )
+
+    def await_silent_routers(self) -> None:
+        """Waits until nobody goes by an older epoch than the newest one, by no route table that it kept.
+
+        A router without the catalog goes on for `[router] stale_after_s` where it knows of no move: longer than it
+        counts among the living. So does one that died, for all that anybody knows.
+        """
+        epoch, bound_s = self.catalog.routes().epoch, 1.25 * self.config.router.stale_s
+        while any(r.acknowledged < epoch and r.silent_s < bound_s for r in self.catalog.routers()):
+            self.check()
+            self.stop.wait(SILENT_LOOK_S)
 
     def tell_stats(self) -> None:
         """Writes the progress counters to the catalog, for `status`."""

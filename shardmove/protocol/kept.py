@@ -150,7 +150,7 @@ def _present(connection: Connection, table: Table) -> list[str]:
 
 
 def set_triggers(connection: Connection, table: Table, ranges: Sequence[KeyRange], keyspace: Keyspace) -> None:
-    """Makes the table refuse exactly these ranges; none where there are none, which its readers must wait for."""
+    """Makes the table refuse exactly these ranges; none where there are none: then without readers."""
     if not ranges:
         for name in _present(connection, table):
             connection.execute(sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(name), table_sql(table)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,6 +53,9 @@ OPEN_ACCOUNTS: Final = """
     SELECT tenant, account, %s FROM generate_series(0, %s - 1) tenant, generate_series(0, %s - 1) account
 """
 
+STALE_AFTER_S: Final = 5.0
+"""What `complete` waits for after a router was killed; the routers are told the same."""
+
 
 class Ground:
     """The databases of one run, by their connection strings: `cat` and the shards."""
@@ -61,7 +65,8 @@ class Ground:
         self.directory = directory
         self.config_file = directory / "cluster.toml"
         self.config_file.write_text(self._document(), encoding="utf-8")
-        self.config: Config = load(self.config_file)
+        config = load(self.config_file)
+        self.config: Config = replace(config, router=replace(config.router, stale_after_s=STALE_AFTER_S))
         for shard in SHARDS:
             with self.connect(shard) as connection:
                 connection.execute(SCHEMA.encode())

@@ -94,6 +94,7 @@ class World:
                 "shards": {name: {"dsn": dsn} for name, dsn in self.shards.items()},
                 "keyspaces": {"shop": {"tables": dict(shop.KEY_COLUMNS), "routes": [{"range": ":", "shard": "s1"}]}},
                 "limits": dict(limits),
+                "router": {"stale_after_s": 2.0},  # what `complete` waits for where a router has been killed
             }
         )
 

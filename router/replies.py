@@ -1,0 +1,279 @@
+"""What a client's connections say back, on its way to the client: told at once, kept back, replaced, or dropped.
+
+Replies are kept back as long as there may be a second try (`router/retrying.py`), and where a commit is told only once
+the other side of a move has it (phase 4). An error may be the answer to a message that the router sent to make the
+server fail: then the client is told the refusal instead (`router/refusing.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from router import finishing, retrying
+from shardmove.wire import messages
+from shardmove.wire.messages import ProtocolViolation
+
+if TYPE_CHECKING:
+    from router.server import Server
+    from router.session import Session
+    from router.units import Unit
+
+_IDLE = ord("I")
+_ROWS = b"TDd"
+
+
+class Replies:
+    """The holder of a session's connections.
+
+    Attributes:
+        kept: replies that are kept back; None where they go on at once.
+        is_muted: replies are not for the client: what is under way is tried again.
+        is_acknowledging: the unit is done, and the other side of a move does not have it yet (phase 4).
+        is_before_copy: the client sent rows before a server asked for them.
+        poisons: what the client is told for messages that were sent to fail, in order.
+        replacement: what it is told for the next error.
+        commits: how many transactions the unit under way has committed.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.pid = session.pid
+        self.kept: list[bytes] | None = None
+        self.is_muted = False
+        self.is_acknowledging = False
+        self.is_before_copy = False
+        self.poisons: list[bytes] = []
+        self.replacement: bytes | None = None
+        self.commits = 0
+        self._session = session
+        self._stats = session.router.stats
+        self._transport = session.transport
+        self._kept_bytes = 0
+        self._has_committed = False
+        self._completed_at: int | None = None
+        self._is_told = False
+
+    # --- rows, and whatever else goes on as it is
+
+    def on_replies(self, server: Server, data: bytes) -> None:
+        if self.is_before_copy and server.replies.is_empty:
+            self.is_before_copy = False
+            asyncio.get_running_loop().call_soon(self._resume_failed, self._session.unit)
+        if self.is_muted:
+            return
+        if self.kept is not None:
+            self._keep(data)
+            return
+        self._stats.bytes_out += len(data)
+        self._transport.write(data)
+
+    def _keep(self, data: bytes) -> None:
+        assert self.kept is not None
+        session = self._session
+        self.kept.append(data)
+        self._kept_bytes += len(data)
+        if self._kept_bytes <= session.limits.buffer_bytes:
+            return
+        if not session.router.acknowledges_late(session.touched):
+            self.let_go()
+        elif not self._has_committed and (self._completed_at in (None, len(self.kept) - 1) or data[0] in _ROWS):
+            self._let_precede()
+
+    def _let_precede(self) -> None:
+        """What comes before the word of a commit goes to the client: what is kept back does not grow with the rows.
+
+        That word is a COMMIT's own completion, or the last one, or ReadyForQuery. One that rows follow is none.
+        """
+        assert self.kept is not None
+        *before, last = self.kept
+        self._session.tell(b"".join(before))
+        self._completed_at = 0 if self._completed_at == len(before) else None
+        self.kept, self._kept_bytes = [last], len(last)
+        if self._session.unit is not None:
+            self._session.unit.sent = None  # a second try would say it again
+
+    def hold_back(self) -> None:
+        """Replies wait until it is clear that there will be no second try."""
+        self.kept = []
+        self._kept_bytes = 0
+        self._has_committed = False
+        self._completed_at = None
+
+    def let_go(self) -> None:
+        """Replies that were kept back for a second try go to the client: there will be none."""
+        kept, self.kept = self.kept, None
+        if kept:
+            self._session.tell(b"".join(kept))
+
+    def answer_now(self) -> None:
+        """The client waits for what is there before it says more: a second try is not possible any more."""
+        self.let_go()
+        session = self._session
+        if session.unit is not None and session.copy is None:
+            unit = session.unit
+            unit.is_bound = unit.is_bound or unit.has_ended
+            unit.sent = None if unit.is_bound or unit.is_once else []
+
+    def renumbered(self, server: Server, frame: bytes) -> bytes:
+        """A notification with the number that clients know its sender by."""
+        told = messages.decode_notification(frame[5:])
+        pid = self._session.router.client_number(server.shard, told.pid)
+        return frame if pid is None else messages.notification_response(pid, told.channel, told.payload)
+
+    def on_types(self, frame: bytes) -> None:
+        self._session.prepared.on_types(frame)
+
+    def on_parameter(self, name: bytes, value: bytes) -> None:
+        self._session.variables.report(name, value)
+
+    def on_complete(self, frame: bytes) -> None:
+        self.commits += frame[5:] == b"COMMIT\0"
+        self._has_committed = self._has_committed or frame[5:11] == b"COMMIT"
+        self._completed_at = None if self.kept is None else len(self.kept)  # it is in the piece that comes next
+        if self.kept is not None and not self._session.touched:
+            self.let_go()
+
+    # --- a server asks for rows
+
+    def on_copy_in(self, server: Server) -> None:
+        """The client's rows are due. In the extended protocol the Sync that it sent already counts for nothing."""
+        session = self._session
+        session.is_copying = True
+        session.is_sync_last = False
+        self.answer_now()
+        if session.unit is not None and not session.unit.is_simple:
+            session.unit.is_complete = False
+        if session.copy is not None:
+            session.copy.on_copy_in()
+        asyncio.get_running_loop().call_soon(self._resume_copy)
+
+    def _resume_copy(self) -> None:
+        if self._session.is_copying and self._session.task is None:
+            self._session.resume()
+
+    # --- errors
+
+    def on_poisoned(self, server: Server) -> bytes:
+        error = self.poisons[0]
+        if self._session.unit is not None:
+            self._fail(server, self._session.unit)
+        return error
+
+    def on_error(self, server: Server, frame: bytes) -> bytes:
+        session = self._session
+        unit = session.unit
+        self._stats.errors += 1
+        if session.is_copying:
+            self._stop_copying(unit)
+        self._is_told = b"\0VFATAL\0" in frame
+        if self.replacement is not None:
+            frame, self.replacement = self.replacement, None
+        if unit is None:
+            return frame
+        if self._is_told and retrying.give_up_target(session, unit, "its server ended the connection"):
+            self._is_told = False
+            return b""
+        if session.copy is not None:
+            if self.is_muted:
+                session.copy.on_error(frame)
+                return b""
+            session.copy = None
+        if self.kept is not None and retrying.may_retry(unit, frame):
+            self.kept = None
+            self.is_muted = True
+            return b""
+        self._fail(server, unit)
+        return frame
+
+    def _stop_copying(self, unit: Unit | None) -> None:
+        """The server failed the COPY. A Sync behind the row which failed it was taken for one in copy-in mode."""
+        session = self._session
+        session.is_copying = False
+        session.is_blocked = unit is not None and unit.is_complete
+        if session.is_sync_last and unit is not None:
+            session.inbox.put_first(messages.SYNC)
+            asyncio.get_running_loop().call_soon(self._resume_failed, unit)
+
+    def _fail(self, server: Server, unit: Unit) -> None:
+        """The server met an error, and may ignore what was sent behind it."""
+        unit.failed = True
+        self.poisons.clear()
+        self._session.prepared.described.clear()
+        self.let_go()
+        self._session.prepared.take_back(unit, server.replies.dropped)
+        if server.replies.is_skipping and (unit.is_complete or self.is_before_copy):
+            unit.is_complete = unit.is_simple = False  # a simple query or a call behind it is ignored, too
+            asyncio.get_running_loop().call_soon(self._resume_failed, unit)
+
+    def _resume_failed(self, unit: Unit | None) -> None:
+        session = self._session
+        self.is_before_copy = False
+        if unit is not None and session.unit is unit and not unit.is_complete and session.task is None:
+            session.resume()
+
+    # --- the end
+
+    def on_ready(self, server: Server, status: int) -> None:
+        session = self._session
+        unit = session.unit
+        if unit is None:
+            raise ProtocolViolation("ReadyForQuery came for nothing")
+        if self.is_muted:
+            if session.copy is not None:
+                session.copy.on_ready()
+            else:
+                session.spawn(retrying.retry(session, unit))
+            return
+        if self.kept is not None and session.router.acknowledges_late(session.touched):
+            session.spawn(self._acknowledge(unit, status))
+            return
+        self.let_go()
+        finishing.finish(session, unit, status)
+        session.resume()
+
+    async def _acknowledge(self, unit: Unit, status: int) -> bool:
+        """The commit is told only once the other side has it (phase 4)."""
+        session = self._session
+        if status == _IDLE:
+            self.is_acknowledging = True
+            try:
+                await session.router.mirrored(session.touched)
+            finally:
+                self.is_acknowledging = False
+        self.let_go()
+        finishing.finish(session, unit, status)
+        return True
+
+    def on_server_lost(self, server: Server, error: Exception) -> None:
+        session = self._session
+        if session.servers.get(server.shard) is server:
+            del session.servers[server.shard]
+        session.router.forget(server)
+        if server is not session.server:
+            if server.holds_state:
+                self._end_client(server, error)
+            return
+        session.server = None
+        if session.unit is not None and retrying.give_up_target(session, session.unit, str(error)):
+            return
+        if session.copy is not None:
+            session.copy.on_server_lost(error)
+        if self._is_told:  # by the server itself
+            session.is_closing = True
+            session.transport.close()
+        elif session.task is None or session.status != _IDLE:
+            session.tell(server.farewell)
+            session.fatal("08006", f"{error}", hint="whether what was under way was committed is not known")
+
+    def _end_client(self, server: Server, error: Exception) -> None:
+        """What it had there (a lock, a temporary table, what it listened to) is gone: another connection lacks it."""
+        session = self._session
+        if not server.farewell:
+            session.fatal("08006", f"{error}", hint="what the session kept in that connection is gone")
+            return
+        session.tell(server.farewell)
+        session.is_closing = True
+        session.transport.close()
+
+    def on_server_writable(self, is_writable: bool) -> None:
+        self._session.set_reading(is_writable and not self._session.is_blocked)

@@ -1,0 +1,103 @@
+"""A second try of a unit, unseen by the client: where a fence refused it, or a move's target did not answer a read.
+
+It is possible as long as nothing of the unit was told: its replies are kept back (`Replies.hold_back`), and what was
+sent is remembered (`Unit.remember`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from router import placing
+from router.opening import NoServer
+from router.server import ServerLost
+from shardmove.wire import messages
+
+if TYPE_CHECKING:
+    from router.session import Session
+    from router.units import Unit
+
+FENCE_PREFIX = "shardmove:"
+SERIALIZATION_FAILURE = "40001"
+
+
+def may_retry(unit: Unit, frame: bytes) -> bool:
+    """The error is a fence's, and the unit is whole, and remembered."""
+    return unit.sent is not None and unit.is_complete and _is_fenced(frame)
+
+
+def _is_fenced(frame: bytes) -> bool:
+    if SERIALIZATION_FAILURE.encode() not in frame:
+        return False
+    fields = messages.error_fields(frame[5:])
+    return fields.get("C") == SERIALIZATION_FAILURE and fields.get("M", "").startswith(FENCE_PREFIX)
+
+
+async def retry(session: Session, unit: Unit) -> bool:
+    """A fence refused it, and nothing of it was answered: once more, where the range is now."""
+    session.router.stats.retried += 1
+    await placing.move_on(session, unit)
+    return await _again(session, unit)
+
+
+async def _again(session: Session, unit: Unit) -> bool:
+    assert unit.sent is not None
+    session.replies.is_muted = False
+    session.replies.kept = None
+    session.replies.commits = 0
+    unit.waiting, unit.sent, unit.sent_bytes = unit.sent, [], 0
+    unit.is_begun = unit.is_bound = False
+    unit.acknowledged = 0
+    return await session.place(unit)
+
+
+# --- reads at the target of a move
+
+
+async def attach_at_target(session: Session, unit: Unit) -> None:
+    """At the source, where the target of the move has no connection for it."""
+    try:
+        async with asyncio.timeout(session.limits.target_patience_s):
+            await placing.attach(session, unit)
+    except (NoServer, ServerLost, TimeoutError) as error:
+        session.router.give_up_target(unit.need, str(error) or "no connection in time")
+        unit.stays_at_source = True
+        drop_server(session)
+        await placing.attach(session, unit)
+
+
+def watch_target(session: Session, unit: Unit) -> None:
+    """It gets some time to answer."""
+    session.replies.hold_back()
+    loop = asyncio.get_running_loop()
+    patience_s = session.limits.target_patience_s
+    session.watch = loop.call_later(patience_s, give_up_target, session, unit, "it took too long")
+
+
+def give_up_target(session: Session, unit: Unit, reason: str) -> bool:
+    """A read at a move's target goes to the source instead, unless some of its answer was told already."""
+    if session.unit is not unit or not unit.need.is_at_target or unit.stays_at_source or session.replies.kept is None:
+        return False
+    if unit.sent is None or session.task is not None:
+        return False
+    session.router.give_up_target(unit.need, reason)
+    unit.stays_at_source = True
+    session.spawn(_read_at_source(session, unit))
+    return True
+
+
+async def _read_at_source(session: Session, unit: Unit) -> bool:
+    drop_server(session)
+    session.firm = False
+    return await _again(session, unit)
+
+
+def drop_server(session: Session) -> None:
+    """Closes the connection: it is slow, or in no known state."""
+    server, session.server = session.server, None
+    if server is not None:
+        server.holder = None
+        server.abort()
+        session.servers.pop(server.shard, None)
+        session.router.forget(server)

@@ -1,0 +1,295 @@
+"""What has to wait, and what ends the wait: a cancel, a connection that dies, a catalog that is away, a full buffer."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from shardmove.coordinator.phases import change_phase
+from shardmove.domain.moves import State
+from shardmove.wire import messages as wire
+from tests.support.rawclient import RawClient, query, told
+from tests.support.routed import Routed
+from tests.support.router import Router, Routers
+from tests.support.servers import connect
+from tests.support.world import World
+
+BOUND_S = 20.0
+TENANT = 30
+UPDATE = f"UPDATE tenants SET version = version + 1 WHERE tenant_id = {TENANT}"
+READ = f"SELECT version FROM tenants WHERE tenant_id = {TENANT}"
+COPY = "COPY items (tenant_id, id) FROM STDIN"
+
+
+class Line:
+    """A server's address that can be cut, or held up on the way to the server."""
+
+    def __init__(self, dsn: str) -> None:
+        known = conninfo_to_dict(dsn)
+        self.flows = threading.Event()
+        self.flows.set()
+        self._path = f"{known['host']}/.s.PGSQL.{known['port']}"
+        self._is_cut = False
+        self._ends: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.dsn = make_conninfo("", **{**known, "host": "127.0.0.1", "port": self._listener.getsockname()[1]})
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                self._ends += [near, far]
+                if self._is_cut:
+                    near.close()
+                    continue
+                far.connect(self._path)
+                for args in ((near, far, True), (far, near, False)):
+                    threading.Thread(target=self._carry, args=args, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket, is_gated: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if is_gated:
+                    self.flows.wait()
+                target.sendall(data)
+        for each in (source, target):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        self._is_cut = True
+        for each in self._ends:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        self.flows.set()
+
+    def close(self) -> None:
+        self.cut()
+        self._listener.close()
+
+
+@contextmanager
+def line_in(config: Path, dsn: str) -> Iterator[Line]:
+    """The configuration names it instead of the server."""
+    line = Line(dsn)
+    text = config.read_text(encoding="utf-8")
+    assert text.count(f'dsn = "{dsn}"') == 1
+    config.write_text(text.replace(f'dsn = "{dsn}"', f'dsn = "{line.dsn}"'), encoding="utf-8")
+    try:
+        yield line
+    finally:
+        line.close()
+
+
+def until(is_so: Callable[[], object], otherwise: str) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not is_so():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.02)
+
+
+def client(router: Router, dsn: str) -> RawClient:
+    return RawClient(router.port, dbname=str(conninfo_to_dict(dsn)["dbname"]), bound_s=BOUND_S)
+
+
+def await_state(router: Router, asked: RawClient, state: str) -> None:
+    until(
+        lambda: any(row["pid"] == str(asked.pid) and row["state"] == state for row in router.show("CLIENTS")),
+        f"the client is never {state}",
+    )
+
+
+def cancel(router: Router, asked: RawClient) -> None:
+    with socket.create_connection(("127.0.0.1", router.port)) as connection:
+        connection.sendall(wire.cancel_request(asked.pid, asked.secret))
+        assert connection.recv(1) == b""  # the router has taken it in
+
+
+def values(said: list[str]) -> list[str]:
+    return [bytes.fromhex(each.split()[1])[6:].decode() for each in said if each.startswith("D ")]
+
+
+def codes(said: list[str]) -> list[str]:
+    return [word[2:] for each in said if each[0] == "E" for word in each.split() if word.startswith("C=")]
+
+
+def enter_phase_4(world: World, router: Router) -> str:
+    move_id = world.split(at=20)
+    world.run(move_id, State.READY)
+    with world.hold(move_id) as held:
+        change_phase(held, 4, share=1.0, force=True)
+    until(lambda: [row["phase"] for row in router.show("MOVES")] == ["4"], "the router never hears of phase 4")
+    return move_id
+
+
+@contextmanager
+def blocked_mirror(world: World) -> Iterator[psycopg.Connection]:
+    """Nothing can be written to the target's table, nor read."""
+    with world.connect("s2") as blocker:
+        blocker.execute("BEGIN")
+        blocker.execute("LOCK TABLE tenants IN ACCESS EXCLUSIVE MODE")
+        yield blocker
+        with suppress(psycopg.Error):
+            blocker.execute("ROLLBACK")
+
+
+# --- phase 4: a commit that the other side does not have yet
+
+
+def test_a_cancel_while_a_commit_is_acknowledged_late_changes_nothing(world: World, routers: Routers) -> None:
+    router = routers.start(world.write_config(), target_patience_s=BOUND_S)
+    enter_phase_4(world, router)
+    with client(router, world.dsns["s1"]) as a:
+        with blocked_mirror(world) as blocker:
+            a.query(UPDATE)
+            await_state(router, a, "waiting")
+            cancel(router, a)
+            blocker.execute("ROLLBACK")
+            said = told(a.until_ready())
+        assert codes(said) == []
+        assert values(a.ask(query("SELECT 'mine'"))) == ["mine"], "replies are out of step"
+        assert values(a.ask(query(READ))) == ["1"]
+
+
+def test_rows_before_a_late_acknowledgement_are_not_kept_and_the_commit_is(world: World, routers: Routers) -> None:
+    router = routers.start(world.write_config(), target_patience_s=BOUND_S)
+    enter_phase_4(world, router)
+    with client(router, world.dsns["s1"]) as a:
+        a.ask(query("BEGIN"))
+        a.ask(query(UPDATE))
+        before = router.memory_bytes()
+        a.query(f"SELECT repeat('x', 1000000) FROM generate_series(1, 200) WHERE EXISTS ({READ})")
+        a.until(b"D", keep_max=10)
+        assert router.memory_bytes() - before < 80 << 20
+        a.until_ready(keep_max=10)
+        a.ask(query("COMMIT"))
+        with blocked_mirror(world) as blocker:
+            a.query(f"{UPDATE} RETURNING repeat('x', 600000)")
+            await_state(router, a, "waiting")
+            there = a.socket.recv(1 << 20, socket.MSG_PEEK)
+            assert there[:1] == b"T"
+            assert b"UPDATE 1" not in there, "the client hears of a commit that is not mirrored"
+            blocker.execute("ROLLBACK")
+            assert told(a.until_ready())[-1] == "Z 'I'"
+
+
+def test_with_catalog_and_target_away_a_commit_is_acknowledged(world: World, routers: Routers) -> None:
+    config = world.write_config()
+    with line_in(config, world.dsns["cat"]) as line:
+        router = routers.start(config, confirm_s=1.0, target_patience_s=0.2)
+        enter_phase_4(world, router)
+        with client(router, world.dsns["s1"]) as a, blocked_mirror(world):
+            a.ask(query("BEGIN"))
+            a.ask(query(UPDATE))
+            line.cut()
+            assert codes(a.ask(query("COMMIT"))) == []
+
+
+# --- routes that the catalog does not confirm
+
+
+def test_who_waited_for_a_connection_goes_by_routes_that_are_fresh_then(world: World, routers: Routers) -> None:
+    config = world.write_config()
+    with line_in(config, world.dsns["cat"]) as line:
+        router = routers.start(config, servers_max=1, confirm_s=1.0, hold_timeout_s=6.0, pooling="transaction")
+        move_id = world.split(at=20)
+        world.run(move_id, State.READY)
+        until(lambda: router.show("MOVES"), "the router never hears of the move")
+        with client(router, world.dsns["s1"]) as a, client(router, world.dsns["s1"]) as b:
+            a.ask(query("BEGIN"))
+            a.ask(query("SELECT count(*) FROM orders WHERE tenant_id = 3"))
+            b.query(READ)
+            await_state(router, b, "waiting")
+            line.cut()
+            world.cut_over(move_id)
+            began = time.monotonic()
+            until(lambda: time.monotonic() > began + 2, "")  # twice as long as the routes may be used
+            a.ask(query("COMMIT"))
+            assert codes(told(b.until_ready())) == ["40001"], "the old owner was read, by routes of before"
+
+
+@pytest.mark.parametrize("stale_after_s", [1.0, 3600.0], ids=["bounded", "twin without a bound"])
+def test_a_router_that_never_heard_of_a_move_reads_nothing_erased(
+    world: World, routers: Routers, stale_after_s: float
+) -> None:
+    """The coordinator counts on the bound that its own configuration says: 2 s."""
+    config = world.write_config()
+    with line_in(config, world.dsns["cat"]) as line:
+        router = routers.start(config, confirm_s=1.0, stale_after_s=stale_after_s, hold_timeout_s=1.0)
+        with client(router, world.dsns["s1"]) as a:
+            assert values(a.ask(query(READ))) == ["0"]
+            line.cut()
+            move_id = world.split(at=20)
+            world.run(move_id, State.READY)
+            world.cut_over(move_id)
+            world.complete(move_id)
+            for statement in (READ, UPDATE):
+                said = a.ask(query(statement))
+                if stale_after_s == 1.0:
+                    assert codes(said) == ["40001"]
+                    assert "the catalog is away" in said[0]
+                else:
+                    assert codes(said) == []
+                    assert values(said) == []
+                    assert "1" not in said[-2], "the twin saw no damage"
+
+
+# --- a pipeline, and a COPY
+
+
+def test_a_pipeline_without_keys_and_without_a_sync_is_sent_when_it_is_long(routed: Routed) -> None:
+    router = routed.router()
+    with client(router, routed.dsns["s1"]) as a:
+        text = wire.parse(b"", b"SELECT $1::text", ()) + wire.bind(b"", b"", (b"x" * 100_000,)) + wire.execute(b"")
+        a.send(text * 10)
+        a.until(b"C", keep_max=10)
+        a.send(wire.SYNC)
+        assert told(a.until_ready(keep_max=10))[-1] == "Z 'I'"
+
+
+def test_a_copy_whose_first_connection_is_lost_on_the_way_to_its_shard_fails(routed: Routed) -> None:
+    with line_in(routed.config_file, routed.dsns["s1"]) as line:
+        router = routed.router()
+        with client(router, routed.dsns["s1"]) as a:
+            a.query(COPY)
+            a.until(b"G")
+            line.flows.clear()
+            a.send(wire.copy_data(b"200\t1\n"), wire.COPY_DONE)
+            await_state(router, a, "waiting")
+            line.cut()
+            assert codes(told(a.until_ready())) == ["08006"]
+    assert routed.execute("s2", "SELECT count(*) FROM items") == [(0,)]
+
+
+@pytest.mark.parametrize("pooling", ["session", "transaction"])
+def test_a_copy_that_waits_at_its_second_shard_is_cancelled(routed: Routed, pooling: str) -> None:
+    router = routed.router(pooling=pooling)
+    with (
+        client(router, routed.dsns["s1"]) as a,
+        connect(routed.dsns["s2"], application_name="test") as lock,
+    ):
+        lock.execute("BEGIN")
+        lock.execute("LOCK TABLE public.items IN ACCESS EXCLUSIVE MODE")
+        a.query(COPY)
+        a.until(b"G")
+        a.send(wire.copy_data(b"200\t1\n"), wire.COPY_DONE)
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        until(lambda: routed.execute("s2", waiting) == [(1,)], "the COPY never waits")
+        cancel(router, a)
+        assert codes(told(a.until_ready())) == ["57014"]
+        until(lambda: routed.execute("s2", waiting) == [(0,)], "the COPY waits on at the shard")
+        lock.execute("ROLLBACK")
+        assert values(a.ask(query("SELECT 'mine'"))) == ["mine"]
+    assert routed.execute("s2", "SELECT count(*) FROM items") == [(0,)]
