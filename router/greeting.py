@@ -197,7 +197,7 @@ class Greeting(asyncio.Protocol):
         """The handshake. `first` is its beginning where the client did not ask before."""
         try:
             self._transport = await self._handshake(first)
-        except (OSError, asyncio.CancelledError) as error:  # TLS errors are OSErrors
+        except (Exception, asyncio.CancelledError) as error:  # uvloop has errors of its own beside OSErrors
             _log.info("handshake failed", reason=getattr(error, "reason", None) or type(error).__name__)
             self._is_over = True
             self._transport.abort()
@@ -205,6 +205,10 @@ class Greeting(asyncio.Protocol):
             return
         finally:
             self._is_upgrading = False
+        if self._is_over:  # its time was up meanwhile
+            self._transport.abort()
+            self._forget()
+            return
         if first and self._transport.get_extra_info("ssl_object").selected_alpn_protocol() != ALPN:
             self.refuse(ProtocolViolation("direct TLS needs the protocol postgresql to be negotiated (ALPN)"))
         early, self._early = self._early, b""
@@ -227,7 +231,9 @@ class Greeting(asyncio.Protocol):
             if first:
                 await asyncio.sleep(0)  # by now TLS has put itself in our place, and waits for the client's first bytes
                 _feed(plain.get_protocol(), first)
-            secured = await handshake
+            # Its own bound does not hold where the connection is closed beneath it (uvloop then never says so).
+            async with asyncio.timeout(self._settings.login_timeout_s):
+                secured = await handshake
         finally:
             handshake.cancel()
         if secured is None:  # asyncio's word for a connection that was lost meanwhile

@@ -535,5 +535,5 @@ def test_a_move_that_died_before_it_had_estimated_anything_is_shown(world: World
     figures = status(world.config, world.catalog, move)
     told = {**figures, "state": "copying", "rows_copied": 0, "rows_estimate": None}
     shown = io.StringIO()
-    Console(file=shown, width=200).print(render.statuses({"moves": [told]}))
+    Console(file=shown, width=200).print(render.statuses({"moves": [told], "routers": [], "epoch": 1}))
     assert "copying" in shown.getvalue()
