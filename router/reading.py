@@ -50,7 +50,7 @@ def take_in(session: Session, data: bytes) -> None:
         inbox.taken = b""
         _send_begun(session)
     except ProtocolViolation as error:
-        session.fatal(error.sqlstate, error.message, hint=error.hint)
+        session.fatal(error.sqlstate, error.message, hint=error.hint, hears_out=True)
         return
     if at < size:
         inbox.keep(data[at:] if at else data, missing)

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("shardmove.router")
 IDLE, IN_TRANSACTION, FAILED = b"ITE"
+LAST_WORDS_S = 5.0
 ENDS = frozenset({Action.COMMIT, Action.ROLLBACK})
 READY = {status: messages.ready_for_query(bytes([status])) for status in (IDLE, IN_TRANSACTION, FAILED)}
 
@@ -178,6 +179,8 @@ class Session(asyncio.Protocol):
             self.server.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
+        if self.is_closing:
+            return
         self.router.stats.bytes_in += len(data)
         inbox = self.inbox
         if inbox.waiting or self.is_blocked:
@@ -368,12 +371,20 @@ class Session(asyncio.Protocol):
         self.status = status
         self.tell(data + READY[status])
 
-    def fatal(self, sqlstate: str, message: str, *, hint: str | None = None) -> None:
-        """The last words: the session ends with them. What was open on shards is rolled back there."""
+    def fatal(self, sqlstate: str, message: str, *, hint: str | None = None, hears_out: bool = False) -> None:
+        """The last words: the session ends with them. What was open on shards is rolled back there.
+
+        `hears_out`: the client is still sending. A socket that is closed with bytes unread is reset, and the last words
+        are lost with it; so what it says is read and thrown away for a while.
+        """
         if not self.is_closing:
             self.tell(messages.error_response(sqlstate, message, severity="FATAL", hint=hint))
             self.is_closing = True
-            self.transport.close()
+            if hears_out and self.transport.can_write_eof():
+                self.transport.write_eof()
+                asyncio.get_running_loop().call_later(LAST_WORDS_S, self.transport.abort)
+            else:
+                self.transport.close()
 
     # --- beginning and end
 
