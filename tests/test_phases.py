@@ -403,6 +403,7 @@ def test_nothing_is_erased_where_a_router_may_still_read(
     make_world: MakeWorld, mechanism: Mechanism, waited_for: threading.Event, ends: str
 ) -> None:
     mechanism.replace(Hold, "await_routers", lambda *_: None)
+    mechanism.replace(Hold, "await_silent_routers", lambda *_: None)
     damage: list[str] = []
     with ready(make_world, router_grace_ms=1.0) as (world, move_id):
         if ends == "rollback":

@@ -175,6 +175,8 @@ SCRIPTS: dict[str, Script] = {
     "set role": [Q("SET ROLE pg_monitor"), Q("SELECT current_user"), Q("SELECT count(*) FROM t"), Q("RESET ROLE"), Q("SELECT current_user")],
     "extended set": [P("SET work_mem = '9MB'"), B(), E0, S, Q("SHOW work_mem"), P("SHOW work_mem"), B(), DP(), E0, S],
     "extended set config": [P("SELECT set_config($1, $2, false)"), B(b"", b"work_mem", b"9MB"), DP(), E0, S, Q("SHOW work_mem")],
+    "extended set config of a name": [P("SELECT set_config('Work_Mem', $1, false)"), B(b"", b"9MB"), E0, S, Q("SELECT count(*) FROM items WHERE tenant_id = 7"), Q("SHOW work_mem"), P("SELECT set_config($1, '8MB', true)"), B(b"", b"work_mem"), E0, S, Q("SHOW work_mem")],
+    "extended set config of nothing": [P("SELECT set_config($1, $2, false)"), B(b"", None, b"9MB"), DP(), E0, S, B(b"", b"work_mem", None), E0, S, Q("SHOW work_mem"), B(b"", b"nonsense", b"1"), E0, S, Q("SHOW work_mem")],
     # --- the extended protocol
     "extended": [*PBE, S],
     "extended of a split table": [P("SELECT note FROM items WHERE tenant_id = $1 ORDER BY id"), DS(), S, B(b"", b"7"), E0, S],

@@ -213,6 +213,8 @@ class Part:
     """The tables of keyspaces that are named, reference tables included."""
     name: str = ""
     """Of a setting, savepoint, prepared statement, cursor, channel or transaction; "" for all of them."""
+    name_term: Term | None = None
+    """Of a setting whose name is a parameter (`set_config`)."""
     value: str | None = None
     """Of a setting, as text; None for DEFAULT."""
     value_term: Term | None = None

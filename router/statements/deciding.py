@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from router.statements.actions import (
@@ -147,7 +148,7 @@ def _others(part: Part, planned: Planned, arguments: Arguments | None, view: Vie
         case Action.COPY_IN | Action.COPY_OUT:
             return _copy(part, planned, arguments, view, facts)
         case Action.SET:
-            return Decision(part.action, part=part, value=_setting(part, arguments))
+            return _set(part, arguments)
         case _:
             return Decision(part.action, is_write=part.is_write, part=part, stays=part.stays)
 
@@ -251,10 +252,17 @@ _PLAIN_NUMBER: Final = re.compile(r"0|[1-9][0-9]*")
 """One that is the same text as a number and as a string."""
 
 
-def _setting(part: Part, arguments: Arguments | None) -> str | None:
-    term = part.value_term
-    if term is None or term.origin is not Origin.PARAMETER:
-        return part.value
+def _set(part: Part, arguments: Arguments | None) -> Decision:
+    value = _text(part.value, part.value_term, arguments)
+    if part.name_term is not None:
+        name = _text(None, part.name_term, arguments)
+        part, value = replace(part, name=(name or "").lower()), None if name is None else value
+    return Decision(part.action, part=part, value=value)
+
+
+def _text(text: str | None, term: Term | None, arguments: Arguments | None) -> str | None:
+    if term is None:
+        return text
     if arguments is None or term.index >= len(arguments.values):
         raise Unreadable(Refusal("42P02", f"there is no parameter ${term.index + 1}"))
     data = arguments.values[term.index]

@@ -17,6 +17,7 @@ from router.statements.actions import NOT_SUPPORTED, Action, Keys, MergePlan, Or
 from router.statements.contexts import Closure
 from router.statements.functions import HARMLESS, UNEQUAL, UNEQUAL_WORDS
 from router.statements.levels import level_obstacle
+from router.statements.lexer import Token
 from router.statements.naming import named_tables
 from router.statements.ordering import merge_plan
 from router.statements.parsing import Unplannable, parsed
@@ -59,18 +60,26 @@ def _set_config(statement: Statement) -> Part | None:
     is_that = statement.word(0) == "SELECT" and statement.word(position) == "SET_CONFIG"
     if not is_that or punctuation != ["(", ",", ",", ")"] or len(statement.tokens) > position + 11:
         return None
-    if name.kind != "string" or is_local.word not in ("TRUE", "FALSE") or value.kind not in ("string", "parameter"):
+    if is_local.word not in ("TRUE", "FALSE") or {name.kind, value.kind} - {"string", "parameter"}:
         return None
     if len(statement.tokens) > position + 8 and statement.word(position + 8) not in ("AS", ""):
         return None
-    term = None
-    text: str | None = None
-    if value.kind == "parameter":
-        term = Term(Origin.PARAMETER, int(value.text[1:]) - 1)
-    else:
-        text = statement.literal(value).text
-    setting = statement.literal(name).text.lower()
-    return Part(Action.SET, name=setting, value=text, value_term=term, is_local=is_local.word == "TRUE", is_query=True)
+    (setting, name_term), (text, value_term) = _text_or_term(statement, name), _text_or_term(statement, value)
+    return Part(
+        Action.SET,
+        name=(setting or "").lower(),
+        name_term=name_term,
+        value=text,
+        value_term=value_term,
+        is_local=is_local.word == "TRUE",
+        is_query=True,
+    )
+
+
+def _text_or_term(statement: Statement, token: Token) -> tuple[str | None, Term | None]:
+    if token.kind == "parameter":
+        return None, Term(Origin.PARAMETER, int(token.text[1:]) - 1)
+    return statement.literal(token).text, None
 
 
 def _unplanned(statement: Statement, error: Unplannable) -> Part:

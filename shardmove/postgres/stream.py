@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import psycopg
 from psycopg import sql
-from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGresult
 
 from shardmove.postgres.connect import Connection
@@ -79,7 +79,7 @@ def _rows(connection: Connection) -> int:
 
 def _error(connection: Connection, result: PGresult) -> psycopg.Error:
     """What went wrong, as psycopg itself would raise it."""
-    if connection.pgconn.status == ConnStatus.BAD:
+    if connection.pgconn.status == ConnStatus.BAD or result.error_field(DiagnosticField.SQLSTATE) is None:
         message = connection.pgconn.get_error_message(connection.info.encoding).strip()
         return psycopg.OperationalError(message or "the connection is lost")
     return psycopg.errors.error_from_result(result, encoding=connection.info.encoding)

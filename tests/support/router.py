@@ -40,7 +40,7 @@ STOP_BOUND_S: Final = 60.0
 _PORTS: Final = range(12_000, 19_000)
 
 # Kills a process group when its standard input ends, that is when the test's process dies, however it dies.
-_GUARD: Final = 'read _; kill -9 -- "-$1" 2>/dev/null'
+_GUARD: Final = 'read _; kill -s KILL -- "-$1" 2>/dev/null'
 
 
 class Router:
