@@ -10,12 +10,12 @@ from router import placing
 from router.statements import Action, Arguments, Decision, Facts, Part, Planned, decide
 from router.units import ANYWHERE, Change, Kind, Need, Refusal
 from shardmove.wire import messages
+from shardmove.wire.messages import IDLE
 
 if TYPE_CHECKING:
     from router.service import Known
     from router.session import Session
 
-IDLE = ord("I")
 _LIVES_IN_CONNECTION = re.compile(rb"pg_(try_)?advisory_lock|\b(pg_)?temp(orary)?\b|\bwith\s+hold\b", re.IGNORECASE)
 """What a session keeps in its connection to the server, whatever the transaction does."""
 _PIN = (Change("pin"),)
@@ -32,7 +32,7 @@ def ask(known: Known, planned: Planned, arguments: Arguments | None, session: Se
         return Need(Kind.FREE, refusal=Refusal(refusal.sqlstate, refusal.message, refusal.hint))
     is_opaque = planned.plan.is_opaque
     if decision.action is Action.KEYED and decision.part is not None and not (is_opaque or decision.is_hinted):
-        return _keyed(known, decision, session)
+        return _keyed(known, planned, decision, session)
     need = _BY_ACTION[decision.action](known, planned, decision, session)
     if need.is_write and (is_opaque or decision.is_hinted or decision.action is Action.HOME):
         need = need._replace(is_blind=True)
@@ -53,7 +53,7 @@ def _facts(session: Session) -> Facts:
     return session.variables.facts_within([*session.changes, *of_unit])
 
 
-def _keyed(known: Known, decision: Decision, session: Session) -> Need:
+def _keyed(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
     shards, routes = decision.shards, decision.routes
     if not shards:
         return ANYWHERE  # no key at all, as in `key = NULL`: every server says the same
@@ -290,10 +290,6 @@ def _copy_in(known: Known, planned: Planned, decision: Decision, session: Sessio
     return _placed(known, planned, decision, session)
 
 
-def _keyed_script(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
-    return _keyed(known, decision, session)
-
-
 def _is_all(part: Part) -> bool:
     return part.name.lower() in ("", "all")
 
@@ -324,7 +320,7 @@ _CHANGING = frozenset(
     }
 )
 _BY_ACTION: Mapping[Action, Answer] = {
-    Action.KEYED: _keyed_script,
+    Action.KEYED: _keyed,
     Action.SCATTER: _scattered,
     Action.REFERENCE_READ: _free,
     Action.REFERENCE_WRITE: _everywhere,

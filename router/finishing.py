@@ -6,12 +6,12 @@ import time
 from typing import TYPE_CHECKING
 
 from router.units import Change, surviving
+from shardmove.wire.messages import FAILED, IDLE, IN_TRANSACTION
 
 if TYPE_CHECKING:
     from router.session import Session
     from router.units import Unit
 
-_IDLE, _IN_TRANSACTION, _FAILED = b"ITE"
 _SETTINGS = frozenset({"set", "reset", "discard"})
 _ENDS = frozenset({"commit", "rollback"})
 
@@ -28,9 +28,9 @@ def finish(session: Session, unit: Unit, status: int) -> None:
         session.watch = None
     if not unit.failed:
         _note_replay(session, unit, status)
-        if status == _IDLE and session.router.is_comparing:
+        if status == IDLE and session.router.is_comparing:
             session.router.comparing.after(session, unit)
-    if status != _IDLE:
+    if status != IDLE:
         return
     session.router.stats.transactions += 1
     changes, session.changes = session.changes, []
@@ -42,7 +42,7 @@ def finish(session: Session, unit: Unit, status: int) -> None:
     session.firm = session.is_hinted = False
     session.replay = []
     session.prepared.portals.clear()
-    _detach(session)
+    session.detach()
 
 
 def _note_changes(session: Session, unit: Unit, status: int) -> None:
@@ -53,10 +53,10 @@ def _note_changes(session: Session, unit: Unit, status: int) -> None:
     marks = [at for at, change in enumerate(changes) if change.what == "commit"]
     if unit.failed:
         session.changes += changes[: marks[min(commits, len(marks)) - 1] + 1] if commits and marks else []
-        if status == _IDLE:
+        if status == IDLE:
             session.changes.append(Change("rollback"))
         return
-    if session.status == _FAILED != status and not (changes and changes[0].what == "rollback to"):
+    if session.status == FAILED != status and not (changes and changes[0].what == "rollback to"):
         session.changes.append(Change("rollback"))
     for at in marks[: max(0, len(marks) - commits)]:
         changes[at] = Change("rollback")
@@ -78,9 +78,9 @@ def _mark(session: Session, unit: Unit, changes: list[Change], status: int) -> N
 def _is_mixed(session: Session, unit: Unit, changes: list[Change], status: int) -> bool:
     """Settings and ends of transactions among several statements: which of them count is not left to our books."""
     is_one = len(unit.needs) <= 1 and (unit.ask is None or len(unit.ask[0].plan.parts) <= 1)
-    if session.status == _FAILED and not is_one:
+    if session.status == FAILED and not is_one:
         return True
-    if is_one and status == _IDLE:
+    if is_one and status == IDLE:
         return False
     sets = any(change.what in _SETTINGS for change in (*session.changes, *changes))
     return sets and any(change.what in _ENDS for change in changes)
@@ -88,7 +88,7 @@ def _is_mixed(session: Session, unit: Unit, changes: list[Change], status: int) 
 
 def _note_replay(session: Session, unit: Unit, status: int) -> None:
     for need in unit.needs:
-        if need.replayed is not None and status == _IN_TRANSACTION and not session.firm:
+        if need.replayed is not None and status == IN_TRANSACTION and not session.firm:
             session.replay.append(need.replayed)
 
 
@@ -115,14 +115,3 @@ def _leave_others(session: Session) -> None:
         if server is not session.server:
             del session.servers[shard]
             session.router.take_back(server, is_shared=False)
-
-
-def _detach(session: Session) -> None:
-    """The transaction is over: the connection is free."""
-    server, session.server = session.server, None
-    if server is None or session.servers.get(server.shard) is server:
-        return
-    if session.keeps_servers:
-        session.servers[server.shard] = server
-    else:
-        session.router.take_back(server, is_shared=True)

@@ -18,12 +18,12 @@ from router.units import Kind, Need, Refusal, Unit
 from router.variables import IDENTITY
 from shardmove.domain.errors import ShardmoveError
 from shardmove.wire import messages
+from shardmove.wire.messages import IDLE, IN_TRANSACTION
 from shardmove.wire.streams import Owed
 
 if TYPE_CHECKING:
     from router.session import Session
 
-IDLE, IN_TRANSACTION, _ = b"ITE"
 RETRY_PAUSES_S = (0.001, 0.002, 0.004, 0.008, 0.016)
 HELD_POLL_S = 0.05
 UNSAFE_ENCODINGS = frozenset(
@@ -165,19 +165,16 @@ async def _take_at(session: Session, shard: str) -> None:
         try:
             await prepare(session, server)
         except Spoilt:
-            session.server = None
-            session.servers.pop(server.shard, None)
+            session.lose(server)
             router.forget(server)
             continue
         except ServerError:
-            session.server = None
-            session.servers.pop(server.shard, None)
+            session.lose(server)
             router.take_back(server, is_shared=not session.keeps_servers)
             raise
         except asyncio.CancelledError:
             if session.server is server:  # else the client has left, and the connection may be another's by now
-                session.server = None  # what it was told last is on its way: its state is not known
-                session.servers.pop(server.shard, None)
+                session.lose(server)  # what it was told last is on its way: its state is not known
                 router.forget(server)
             raise
         return
@@ -233,11 +230,7 @@ async def leave(session: Session, unit: Unit) -> None:
         unit.sent, unit.sent_bytes = None if unit.is_once else [], 0
     if server.status != IDLE:
         await server.run(b"ROLLBACK")
-    session.server = None
-    if session.keeps_servers:
-        session.servers[server.shard] = server
-    elif session.servers.get(server.shard) is not server:
-        session.router.take_back(server, is_shared=True)
+    session.detach()
 
 
 async def move_on(session: Session, unit: Unit) -> None:
@@ -262,12 +255,8 @@ async def _leave_after_refusal(session: Session) -> None:
     assert server is not None
     if server.status != IDLE:
         await server.run(b"ROLLBACK")
-    session.server = None
     session.firm = False
-    if session.keeps_servers:
-        session.servers[server.shard] = server
-    else:
-        session.router.take_back(server, is_shared=True)
+    session.detach()
 
 
 async def wait(session: Session, unit: Unit, need: Need, began: float) -> None:
@@ -417,9 +406,5 @@ async def welcome(session: Session) -> dict[bytes, bytes]:
         server = session.server
         assert server is not None
         known = router.welcomes[kind] = dict(server.parameters)
-        session.server = None
-        if session.keeps_servers:
-            session.servers[server.shard] = server
-        else:
-            router.take_back(server, is_shared=True)
+        session.detach()
     return dict(known)

@@ -11,17 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from router.opening import Credentials, NoServer, open_server
 from router.server import Server
 from router.tls import Resolved
-
-
-@dataclass(slots=True)
-class _Waiting:
-    lent: asyncio.Future[Server]
-    since: float
 
 
 class Pool:
@@ -48,15 +41,11 @@ class Pool:
         self._queue_timeout_s = queue_timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._opening = self._replacing = 0
-        self._line: deque[_Waiting] = deque()
+        self._line: deque[asyncio.Future[Server]] = deque()
 
     @property
     def waiting(self) -> int:
         return len(self._line)
-
-    @property
-    def longest_wait_s(self) -> float:
-        return time.monotonic() - self._line[0].since if self._line else 0.0
 
     def take(self) -> Server | None:
         """An idle connection at once, if there is one: the one used last, so that others may grow old."""
@@ -74,14 +63,14 @@ class Pool:
             return server
         if len(self.servers) + self._opening < self._servers_max:
             return await self._open()
-        waiting = _Waiting(asyncio.get_running_loop().create_future(), time.monotonic())
+        waiting: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self._line.append(waiting)
         try:
             async with asyncio.timeout(self._queue_timeout_s):
-                return await waiting.lent
+                return await waiting
         except (TimeoutError, asyncio.CancelledError) as error:
-            if waiting.lent.done() and not waiting.lent.cancelled() and waiting.lent.exception() is None:
-                self.give_back(waiting.lent.result())  # it came in the instant in which we gave up
+            if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+                self.give_back(waiting.result())  # it came in the instant in which we gave up
             if isinstance(error, asyncio.CancelledError):
                 raise
             raise NoServer(
@@ -102,8 +91,8 @@ class Pool:
         server.since = time.monotonic()
         while self._line:
             waiting = self._line.popleft()
-            if not waiting.lent.done():
-                waiting.lent.set_result(server)
+            if not waiting.done():
+                waiting.set_result(server)
                 return
         server.on_idle_loss = self.discard
         self.idle.append(server)
@@ -158,8 +147,8 @@ class Pool:
         """The shard takes no connection: those in line need not wait to hear that."""
         line, self._line = self._line, deque()
         for waiting in line:
-            if not waiting.lent.done():
-                waiting.lent.set_exception(error)
+            if not waiting.done():
+                waiting.set_exception(error)
 
     def _refill(self) -> None:
         """Opens connections for those in line, as far as there is room."""

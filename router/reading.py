@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from router import copying, dispatching, refusing
 from router.dispatching import proceed
 from router.prepared import GONE, GONE_TEXT, may_end
-from router.statements import Action
+from router.statements import Action, Arguments
 from router.units import FLOATING, Item, Kind, Need, Portal, Refusal, Statement
 from shardmove.wire import messages
-from shardmove.wire.messages import ProtocolViolation
+from shardmove.wire.messages import FAILED, IDLE, IN_TRANSACTION, ProtocolViolation
 from shardmove.wire.streams import Owed
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from router.session import Session
     from router.units import Unit
 
-_IDLE, _IN_TRANSACTION, _FAILED = b"ITE"
-_ENDING = frozenset({Action.COMMIT, Action.ROLLBACK})
+ENDS = frozenset({Action.COMMIT, Action.ROLLBACK})
 _TOO_MUCH = "what was sent for several shards without a Sync is longer than [router] message_bytes_max"
 
 
@@ -112,13 +111,13 @@ def _on_query(session: Session, frame: bytes) -> None:
 
 def _answer_alone(session: Session, need: Need) -> bool:
     """BEGIN, and the end of a transaction that no shard has seen yet."""
-    if need.kind is Kind.BEGIN and session.status == _IDLE and need.replayed is not None:
+    if need.kind is Kind.BEGIN and session.status == IDLE and need.replayed is not None:
         session.replay = [need.replayed]
-        session.say(messages.command_complete(need.tag), _IN_TRANSACTION)
+        session.say(messages.command_complete(need.tag), IN_TRANSACTION)
         return True
-    if need.kind is Kind.END and session.status == _IN_TRANSACTION:
+    if need.kind is Kind.END and session.status == IN_TRANSACTION:
         session.replay = []
-        session.say(messages.command_complete(need.tag), _IDLE)
+        session.say(messages.command_complete(need.tag), IDLE)
         return True
     if need.kind is Kind.FREE and need.tag:  # DEALLOCATE of a name that only we know
         session.prepared.statements.pop(need.changes[0].name.encode(), None)
@@ -157,7 +156,7 @@ def _fails_there(session: Session, known: Statement, text: bytes) -> bool:
         return False
     if session.keeps_servers:
         return session.server.statements.get(known.name) is known
-    return session.status == _FAILED and not may_end(session.router.plan(text))
+    return session.status == FAILED and not may_end(session.router.plan(text))
 
 
 def _deallocates(session: Session, statement: Statement) -> bool:
@@ -180,12 +179,12 @@ def _on_bind(session: Session, frame: bytes) -> None:
         unit.waiting.append(Item(Owed.BIND, frame))
         return
     asked, planned = unit.ask, statement.planned
-    unit.ask = (planned, session.router.arguments(bind, statement.types))
+    unit.ask = (planned, Arguments(bind.formats, bind.values, statement.types))
     unit.is_alone = bool(session.router.known.moves) and _is_alone(session, unit)
     need = session.decide(unit)
     if planned.plan.may_commit:
         unit.forbid_retry()
-        unit.has_ended = unit.has_ended or planned.plan.parts[0].action in _ENDING
+        unit.has_ended = unit.has_ended or planned.plan.parts[0].action in ENDS
     prepared.portals[bind.portal] = Portal(statement, need)
     unit.waiting.append(Item(Owed.BIND, frame, statement))
     if need.kind in FLOATING and need.shard is None and need.refusal is None:
@@ -321,8 +320,7 @@ def _may_begin_copy(session: Session) -> bool:
 
 
 def _on_terminate(session: Session, _frame: bytes) -> None:
-    session.is_closing = True
-    session.transport.close()
+    session.end()
 
 
 def _text(name: bytes) -> str:

@@ -12,13 +12,13 @@ from router import placing
 from router.units import ANYWHERE, Item, Refusal
 from shardmove.domain.errors import ShardmoveError
 from shardmove.wire import messages
+from shardmove.wire.messages import IDLE, IN_TRANSACTION
 from shardmove.wire.streams import Owed
 
 if TYPE_CHECKING:
     from router.session import Session
     from router.units import Unit
 
-_IDLE, _IN_TRANSACTION = b"IT"
 IMPOSSIBLE = b"shardmove: refused"
 """A name that no statement and no savepoint has: asking for it makes the server refuse."""
 
@@ -33,7 +33,7 @@ def refuse(session: Session, unit: Unit, refusal: Refusal | bytes) -> None:
     error = refusal if isinstance(refusal, bytes) else error_of(refusal)
     if session.server is not None:
         _poison(session, unit, error)
-    elif session.status == _IN_TRANSACTION:
+    elif session.status == IN_TRANSACTION:
         unit.again = lambda: ANYWHERE  # the block is open and no shard knows: it begins somewhere, and fails there
         session.spawn(_fail_somewhere(session, unit, error))
     else:
@@ -42,7 +42,7 @@ def refuse(session: Session, unit: Unit, refusal: Refusal | bytes) -> None:
 
 def fail_in_place(session: Session, unit: Unit, refusal: Refusal) -> None:
     """As refuse, where earlier messages of the unit are to have their effect."""
-    if session.server is None and session.status == _IDLE and len(unit.waiting) > 1:
+    if session.server is None and session.status == IDLE and len(unit.waiting) > 1:
         session.router.stats.refused += 1
         session.spawn(_fail_somewhere(session, unit, error_of(refusal)))
     else:
@@ -53,7 +53,7 @@ async def _fail_somewhere(session: Session, unit: Unit, error: bytes) -> bool:
     try:
         await placing.attach(session, unit)
     except (ShardmoveError, placing.Refused) as trouble:
-        if session.status == _IDLE and session.server is None:
+        if session.status == IDLE and session.server is None:
             _refuse_alone(session, unit, error)
             return True
         session.tell(error)

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from router import finishing, retrying
 from shardmove.wire import messages
-from shardmove.wire.messages import ProtocolViolation
+from shardmove.wire.messages import IDLE, ProtocolViolation
 
 if TYPE_CHECKING:
     from router.server import Server
     from router.session import Session
     from router.units import Unit
 
-_IDLE = ord("I")
 _ROWS = b"TDd"
 
 
@@ -234,7 +233,7 @@ class Replies:
     async def _acknowledge(self, unit: Unit, status: int) -> bool:
         """The commit is told only once the other side has it (phase 4)."""
         session = self._session
-        if status == _IDLE:
+        if status == IDLE:
             self.is_acknowledging = True
             try:
                 await session.router.mirrored(session.touched)
@@ -246,22 +245,20 @@ class Replies:
 
     def on_server_lost(self, server: Server, error: Exception) -> None:
         session = self._session
-        if session.servers.get(server.shard) is server:
-            del session.servers[server.shard]
+        is_under_way = session.server is server
+        session.lose(server)
         session.router.forget(server)
-        if server is not session.server:
+        if not is_under_way:
             if server.holds_state:
                 self._end_client(server, error)
             return
-        session.server = None
         if session.unit is not None and retrying.give_up_target(session, session.unit, str(error)):
             return
         if session.copy is not None:
             session.copy.on_server_lost(error)
         if self._is_told:  # by the server itself
-            session.is_closing = True
-            session.transport.close()
-        elif session.task is None or session.status != _IDLE:
+            session.end()
+        elif session.task is None or session.status != IDLE:
             session.tell(server.farewell)
             session.fatal("08006", f"{error}", hint="whether what was under way was committed is not known")
 
@@ -271,9 +268,7 @@ class Replies:
         if not server.farewell:
             session.fatal("08006", f"{error}", hint="what the session kept in that connection is gone")
             return
-        session.tell(server.farewell)
-        session.is_closing = True
-        session.transport.close()
+        session.end(server.farewell)
 
     def on_server_writable(self, is_writable: bool) -> None:
         self._session.set_reading(is_writable and not self._session.is_blocked)

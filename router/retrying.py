@@ -95,9 +95,9 @@ async def _read_at_source(session: Session, unit: Unit) -> bool:
 
 def drop_server(session: Session) -> None:
     """Closes the connection: it is slow, or in no known state."""
-    server, session.server = session.server, None
+    server = session.server
     if server is not None:
+        session.lose(server)
         server.holder = None
         server.abort()
-        session.servers.pop(server.shard, None)
         session.router.forget(server)

@@ -18,7 +18,7 @@ from typing import Protocol, cast
 from router.tls import Host
 from shardmove.domain.errors import ShardmoveError
 from shardmove.wire import messages
-from shardmove.wire.messages import ProtocolViolation
+from shardmove.wire.messages import IDLE, ProtocolViolation
 from shardmove.wire.streams import HIDDEN, Owed, Replies
 
 PIECE_BYTES = 65_536
@@ -26,7 +26,6 @@ PIECE_BYTES = 65_536
 ASSEMBLED_BYTES_MAX = 16 * 1024 * 1024
 """Messages that have to be whole (errors, descriptions) are refused above this: no server sends such."""
 
-_IDLE = ord("I")
 _ROW, _COPY_DATA, _READY, _ERROR, _STATUS, _NOTICE, _NOTIFICATION = b"DdZESNA"
 _PARSED, _CLOSED, _COMPLETE, _COPY_IN = b"13CG"
 _ROWS = frozenset({_ROW, _COPY_DATA})
@@ -42,7 +41,7 @@ class ServerLost(ShardmoveError):
 
 
 class ServerError(ShardmoveError):
-    """The shard answered a statement of the router's own with an error. Its fields are in `fields`."""
+    """The shard answered a statement of the router's own with an error: `frame`, as it came."""
 
     def __init__(self, message: str, *, hint: str | None = None, frame: bytes = b"") -> None:
         super().__init__(message, hint=hint)
@@ -129,7 +128,7 @@ class Server(asyncio.Protocol):
         self.host: Host
         self.pid = 0
         self.secret = b""
-        self.status = _IDLE
+        self.status = IDLE
         self.parameters: dict[bytes, bytes] = {}
         self.applied: dict[str, bytes] = {}
         self.statements: dict[bytes, object] = {}
@@ -143,7 +142,6 @@ class Server(asyncio.Protocol):
         self.transport: asyncio.Transport
         self.replies = Replies()
         self._sinks: deque[Sink] = deque()
-        self._tail = b""
         self._parts: list[bytes] = []
         self._parts_bytes = 0
         self._missing = 0
@@ -193,7 +191,7 @@ class Server(asyncio.Protocol):
     @property
     def is_clean(self) -> bool:
         """Nothing is owed and no transaction is open: another client may have it."""
-        return self.status == _IDLE and self.replies.is_ended and not self.is_closed and not self._passing
+        return self.status == IDLE and self.replies.is_ended and not self.is_closed and not self._passing
 
     def close(self) -> None:
         """Says good-bye where that makes sense, and closes. The server rolls back what was open."""
@@ -297,7 +295,7 @@ class Server(asyncio.Protocol):
             if ours := replies.injected():
                 self._forward(data[kept:at] + ours)
                 kept = at
-        self._rest(data, kept, at, is_bulk)
+        self._rest(data, kept, at)
 
     def _noteworthy(self, kind: int, data: bytes, kept: int, at: int, end: int) -> int:
         holder = self.holder
@@ -318,7 +316,7 @@ class Server(asyncio.Protocol):
     def _error_is_hidden(self, data: bytes, at: int, end: int) -> bool:
         """An error reply: whose is it? One of the client's may be replaced, or held back, by its session."""
         frame = data[at:end]
-        if not self.replies._queue:  # the server says good-bye: FATAL, and nothing was asked
+        if not self.replies.first:  # the server says good-bye: FATAL, and nothing was asked
             self.farewell = frame
             self._error = b""
             return False
@@ -371,7 +369,7 @@ class Server(asyncio.Protocol):
             raise ProtocolViolation("a reply came that nobody waits for")
         self.holder.on_replies(self, data)
 
-    def _rest(self, data: bytes, kept: int, at: int, is_bulk: bool) -> None:
+    def _rest(self, data: bytes, kept: int, at: int) -> None:
         """The end of what came in: whole messages go on, a large row's beginning too, the beginning of others waits."""
         size = len(data)
         if at == size:

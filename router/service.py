@@ -8,6 +8,7 @@ shard and user.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from router.units import Need, Statement
 from shardmove.config import Config
 from shardmove.domain.errors import ShardmoveError
 from shardmove.domain.routes import RouteTable
-from shardmove.wire.messages import Bind
+from shardmove.wire.messages import IDLE
 
 if TYPE_CHECKING:
     from router.session import Session
@@ -45,7 +46,6 @@ PLANS_MAX = 10_000
 RESOLVING_S = 5.0
 """How long a client waits for the fate of a write that is in doubt."""
 RESOLVING_PAUSE_S = 0.1
-IDLE = ord("I")
 Result = TypeVar("Result")
 log = structlog.get_logger("shardmove.router")
 
@@ -90,6 +90,7 @@ class Router:
         self.mirroring = Mirroring(config, self.epochs)
         self._loop = asyncio.get_running_loop()
         self._waiters: set[asyncio.Future[None]] = set()
+        self._alias_numbers = itertools.count(1)
         self._aliases: dict[tuple[bytes, tuple[int, ...]], bytes] = {}
         self._cleaning: set[asyncio.Task[Any]] = set()
         self.prepares: set[str] = set()
@@ -216,17 +217,8 @@ class Router:
         if alias is None:
             if len(self._aliases) > PLANS_MAX:
                 self._aliases.clear()  # the numbers go on: an old name never means another text
-            alias = self._aliases[identity] = b"shardmove_%d" % self._next_alias()
+            alias = self._aliases[identity] = b"shardmove_%d" % next(self._alias_numbers)
         return Statement(name, text, oids, self.plan(text), alias if name else b"")
-
-    _alias_number = 0
-
-    def _next_alias(self) -> int:
-        self._alias_number += 1
-        return self._alias_number
-
-    def arguments(self, bind: Bind, oids: tuple[int, ...]) -> Arguments:
-        return Arguments(bind.formats, bind.values, oids)
 
     def tally(self) -> Stats:
         """The counters, with those that are counted elsewhere."""

@@ -50,7 +50,7 @@ from router.statements import Action
 from router.units import ANYWHERE, FLOATING, Change, Need, Refusal, Unit
 from router.variables import Variables
 from shardmove.wire import messages
-from shardmove.wire.messages import ProtocolViolation
+from shardmove.wire.messages import FAILED, IDLE, READY, ProtocolViolation
 from shardmove.wire.streams import HIDDEN, Owed
 
 if TYPE_CHECKING:
@@ -61,16 +61,13 @@ if TYPE_CHECKING:
     from router.statements import Planned
 
 log = structlog.get_logger("shardmove.router")
-IDLE, IN_TRANSACTION, FAILED = b"ITE"
 LAST_WORDS_S = 5.0
-ENDS = frozenset({Action.COMMIT, Action.ROLLBACK})
-READY = {status: messages.ready_for_query(bytes([status])) for status in (IDLE, IN_TRANSACTION, FAILED)}
 
 
 def _leads_on(planned: Planned) -> bool:
     """Behind its first part a failed transaction is none any more: what follows goes where it belongs."""
     first = planned.plan.parts[0].action
-    return first is Action.SAVEPOINT or (first in ENDS and len(planned.plan.parts) > 1)
+    return first is Action.SAVEPOINT or (first in reading.ENDS and len(planned.plan.parts) > 1)
 
 
 class Session(asyncio.Protocol):
@@ -285,11 +282,9 @@ class Session(asyncio.Protocol):
                 continue
             if owed is not None:
                 sent(owed | HIDDEN if item.is_hidden else owed)
-                if owed is Owed.PARSE:
-                    server.close_statement(None)  # of ours, or one that fails: no name changes
-                elif owed is Owed.QUERY:
+                if owed is Owed.QUERY:
                     server.statements.pop(b"", None)
-                elif owed is Owed.CLOSE:
+                elif owed in (Owed.PARSE, Owed.CLOSE):  # of ours, of a portal, or one that fails: no name changes
                     server.close_statement(None)
             out.append(item.frame)
         if out:
@@ -310,6 +305,25 @@ class Session(asyncio.Protocol):
         else:
             unit.is_answered = True
         return True
+
+    # --- the connection that it runs on
+
+    def detach(self) -> None:
+        """It is free: kept for this client, where it keeps its connections or this one, else for whoever comes next."""
+        server, self.server = self.server, None
+        if server is None or self.servers.get(server.shard) is server:
+            return
+        if self.keeps_servers:
+            self.servers[server.shard] = server
+        else:
+            self.router.take_back(server, is_shared=True)
+
+    def lose(self, server: Server) -> None:
+        """It is not ours any more: whoever says so closes it, or gives it back."""
+        if self.server is server:
+            self.server = None
+        if self.servers.get(server.shard) is server:
+            del self.servers[server.shard]
 
     # --- what has to wait
 
@@ -351,8 +365,7 @@ class Session(asyncio.Protocol):
         if self.is_closing:
             return
         if self.unit is None:
-            self.tell(refusal if isinstance(refusal, bytes) else error_of(refusal, severity="FATAL"))
-            self.transport.close()
+            self.end(refusal if isinstance(refusal, bytes) else error_of(refusal, severity="FATAL"))
             return
         self.is_blocked = False
         refuse(self, self.unit, refusal)
@@ -371,20 +384,24 @@ class Session(asyncio.Protocol):
         self.status = status
         self.tell(data + READY[status])
 
-    def fatal(self, sqlstate: str, message: str, *, hint: str | None = None, hears_out: bool = False) -> None:
-        """The last words: the session ends with them. What was open on shards is rolled back there.
+    def end(self, last_words: bytes = b"", *, hears_out: bool = False) -> None:
+        """The session ends. What was open on shards is rolled back there.
 
         `hears_out`: the client is still sending. A socket that is closed with bytes unread is reset, and the last words
         are lost with it; so what it says is read and thrown away for a while.
         """
+        self.tell(last_words)
+        self.is_closing = True
+        if hears_out and self.transport.can_write_eof():
+            self.transport.write_eof()
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, self.transport.abort)
+        else:
+            self.transport.close()
+
+    def fatal(self, sqlstate: str, message: str, *, hint: str | None = None, hears_out: bool = False) -> None:
+        """Ends the session with an error, unless it ends already."""
         if not self.is_closing:
-            self.tell(messages.error_response(sqlstate, message, severity="FATAL", hint=hint))
-            self.is_closing = True
-            if hears_out and self.transport.can_write_eof():
-                self.transport.write_eof()
-                asyncio.get_running_loop().call_later(LAST_WORDS_S, self.transport.abort)
-            else:
-                self.transport.close()
+            self.end(messages.error_response(sqlstate, message, severity="FATAL", hint=hint), hears_out=hears_out)
 
     # --- beginning and end
 

@@ -26,11 +26,11 @@ from router.server import Server, ServerError, ServerLost
 from router.units import Refusal
 from shardmove.domain import points
 from shardmove.wire import messages
+from shardmove.wire.messages import IDLE
 
 if TYPE_CHECKING:
     from router.everywhere import Answer, Work
 
-IDLE = ord("I")
 _ROW = ord("D")
 _NOTICE_DEATH: Final = (
     b"SELECT pg_catalog.set_config(name, '1s', true) FROM pg_catalog.pg_settings"

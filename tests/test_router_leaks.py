@@ -245,3 +245,23 @@ def test_those_in_line_hear_of_an_opening_that_comes_to_nothing(monkeypatch: pyt
         assert openings == 2
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("pooling", ["transaction", "session"])
+def test_a_connection_that_the_client_keeps_stays_its_own_when_a_fence_refuses(routed: Routed, pooling: str) -> None:
+    """It is tried again on the same connection, and nobody else is given that meanwhile, nor cleans it."""
+    routed.execute(
+        "s1",
+        "CREATE SEQUENCE tries; CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF nextval('tries') < 4 THEN RAISE 'shardmove: the range is closed' USING ERRCODE = '40001'; END IF;"
+        " RETURN new; END $$; CREATE TRIGGER refuse BEFORE INSERT ON items FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    router = routed.router(pooling=pooling)
+    with connect(routed, router) as client, connect(routed, router) as other:
+        assert codes(client.ask(Q("SELECT pg_advisory_lock(7)"))) == []
+        pid = values(client.ask(Q("SELECT pg_backend_pid()")))
+        assert codes(client.ask(Q(f"INSERT INTO items (tenant_id, id) VALUES ({HERE}, 1)"))) == []
+        assert routed.execute("s1", "SELECT last_value FROM tries") == [(4,)]
+        assert values(other.ask(Q("SELECT pg_backend_pid()"))) != pid
+        assert values(client.ask(Q("SELECT pg_backend_pid()"))) == pid
+        assert values(client.ask(Q("SELECT pg_advisory_unlock(7)"))) == ["t"]

@@ -168,12 +168,14 @@ def encode_fields(kind: bytes, fields: Mapping[str, str]) -> bytes:
     return message(kind, b"".join(part + b"\0" for part in parts) + b"\0")
 
 
-READY: Final = {status: message(b"Z", status) for status in (b"I", b"T", b"E")}
+IDLE, IN_TRANSACTION, FAILED = b"ITE"
+"""A session's status, as ReadyForQuery says it: outside a transaction, in one, in one that failed."""
+READY: Final = {status: message(b"Z", bytes([status])) for status in (IDLE, IN_TRANSACTION, FAILED)}
 
 
 def ready_for_query(status: bytes) -> bytes:
-    """`status`: I outside a transaction, T in one, E in one that failed."""
-    return READY[status]
+    """`status`: I, T or E."""
+    return READY[status[0]]
 
 
 def command_complete(tag: bytes | str) -> bytes:
@@ -574,7 +576,7 @@ def decode_backend_key_data(body: bytes) -> tuple[int, bytes]:
 
 @_checked("ReadyForQuery")
 def decode_ready_for_query(body: bytes) -> bytes:
-    if body not in READY:
+    if len(body) != 1 or body[0] not in READY:
         raise ValueError
     return body
 
