@@ -130,7 +130,7 @@ class AdminSession(asyncio.Protocol):
             text = messages.decode_query(body).decode("utf-8", "replace")
             for statement in [each for each in text.split(";") if each.strip()] or [""]:
                 answer = await self._run(statement)
-                described = _described(answer.columns, ()) if answer.columns else b""
+                described = _described(answer.columns) if answer.columns else b""
                 self._say(described + _body(answer))
         except (Refusal, ProtocolViolation) as error:
             self._say(_error(error))
@@ -173,7 +173,7 @@ class AdminSession(asyncio.Protocol):
         asked = understood(text)
         columns = () if isinstance(asked, Answer) else asked[0].columns
         parameters = messages.parameter_description(()) if kind == b"S" else b""
-        self._say(parameters + (_described(columns, (format_code,)) if columns else messages.NO_DATA))
+        self._say(parameters + (_described(columns, format_code) if columns else messages.NO_DATA))
 
     async def _run(self, text: str) -> Answer:
         answer = await self._console.run(text)
@@ -200,9 +200,8 @@ class AdminSession(asyncio.Protocol):
             self._transport.write(data)
 
 
-def _described(columns: tuple[str, ...], formats: tuple[int, ...]) -> bytes:
-    code = formats[0] if formats else 0
-    return messages.row_description([Column(name.encode(), 0, 0, TEXT_OID, -1, -1, code) for name in columns])
+def _described(columns: tuple[str, ...], format_code: int = 0) -> bytes:
+    return messages.row_description([Column(name.encode(), 0, 0, TEXT_OID, -1, -1, format_code) for name in columns])
 
 
 def _body(answer: Answer) -> bytes:

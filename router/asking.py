@@ -29,7 +29,7 @@ def ask(known: Known, planned: Planned, arguments: Arguments | None, session: Se
     if refusal is not None:
         if refusal.sqlstate == UNDEFINED_PARAMETER:
             return ANYWHERE  # every server refuses it, in its own words
-        return Need(Kind.FREE, refusal=Refusal(refusal.sqlstate, refusal.message, refusal.hint))
+        return Need(Kind.FREE, refusal=refusal)
     is_opaque = planned.plan.is_opaque
     if decision.action is Action.KEYED and decision.part is not None and not (is_opaque or decision.is_hinted):
         return _keyed(known, planned, decision, session)
@@ -87,7 +87,10 @@ def _free(known: Known, planned: Planned, decision: Decision, session: Session) 
 
 def _where_it_is(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
     """Cursors: they are where the transaction is, or was when they were declared."""
-    return Need(Kind.ROUTED, session.shard or placing.default_shard(session), is_write=decision.is_write)
+    name = decision.part.name if decision.part is not None else ""
+    shard = session.shard or session.cursors.get(name) or placing.default_shard(session)
+    changes = (Change("close", name),) if decision.action is Action.CLOSE else ()
+    return Need(Kind.ROUTED, shard, is_write=decision.is_write, changes=changes)
 
 
 def _placed(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
@@ -95,9 +98,9 @@ def _placed(known: Known, planned: Planned, decision: Decision, session: Session
     if len(decision.shards) > 1:
         return _refused("0A000", "the statement reads several shards at once", "name a key in it")
     is_write = decision.is_write or decision.locks_rows
-    for shard in decision.shards:
-        return Need(Kind.ROUTED, shard, decision.routes, is_write, decision=decision)
-    return ANYWHERE
+    if not decision.shards:
+        return ANYWHERE
+    return Need(Kind.ROUTED, decision.shards[0], decision.routes, is_write, decision=decision)
 
 
 def _script(known: Known, planned: Planned, need: Need, session: Session) -> Need:
@@ -244,7 +247,7 @@ def _hint(known: Known, planned: Planned, decision: Decision, session: Session) 
 
 def _discard(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
     part = _part(decision)
-    changes = (Change("discard"),) if part.kind.lower() in ("", "all") else ()
+    changes = (Change("discard"),) if part.kind == "ALL" else ()
     return Need(Kind.FREE, changes=changes)
 
 
@@ -272,11 +275,10 @@ def _listen(known: Known, planned: Planned, decision: Decision, session: Session
 
 
 def _declare(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
-    return (
-        _placed(known, planned, decision, session)
-        if decision.shards
-        else _where_it_is(known, planned, decision, session)
-    )
+    is_placed = bool(decision.shards)
+    need = (_placed if is_placed else _where_it_is)(known, planned, decision, session)
+    part = _part(decision)
+    return need._replace(changes=(Change("hold", part.name),)) if part.kind == "HOLD" else need
 
 
 def _copy_in(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:

@@ -272,7 +272,7 @@ class ShardClient:
                 last_error = error
             if time.monotonic() >= deadline:
                 self._give_up(key, trace, last_error)
-            if _is_fenced(last_error):
+            if is_fenced(last_error):
                 trace.disturbed()
                 if not self._is_owner_still(key, trace.shard):
                     continue
@@ -393,7 +393,8 @@ def _require_healthy(conn: Connection) -> None:
             raise psycopg.OperationalError("the connection was lost before COMMIT was sent")
 
 
-def _is_fenced(error: Exception) -> bool:
+def is_fenced(error: Exception) -> bool:
+    """Whether a fence raised it, or a router that held a statement for too long."""
     return (
         isinstance(error, psycopg.Error)
         and error.sqlstate == _SERIALIZATION_FAILURE

@@ -119,9 +119,10 @@ def understood(text: str) -> tuple[Command, int] | Answer:
         return Answer((), [], words[0])
     named = [word for word in words if not word.isdigit()]
     numbers = [int(word) for word in words if word.isdigit()]
-    command = COMMANDS.get(" ".join(named).replace("HELP", "SHOW HELP") if named == ["HELP"] else " ".join(named))
+    asked = "SHOW HELP" if named == ["HELP"] else " ".join(named)
+    command = COMMANDS.get(asked)
     if command is None:
-        raise _unknown(" ".join(named))
+        raise _unknown(asked)
     if len(numbers) != (command.scope is Scope.OWNER) or (numbers and words[-1] != str(numbers[0])):
         raise Refusal("42601", f"{command.words} takes {'one pid' if command.scope is Scope.OWNER else 'nothing'}")
     return command, numbers[0] if numbers else 0

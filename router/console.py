@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
-from router.cancel import PROCESSES_MAX, cancel, process_of
+from router.cancel import cancel, process_of
 from router.commands import COMMANDS, Answer, Rows, Scope, understood
 from router.greeting import Refusal
 from router.metrics import Stats
@@ -32,6 +32,11 @@ FIXED: Final = frozenset({"listen", "processes", "metrics", "home", "pooling", "
     {"servers_max", "queue_timeout_s", "connect_timeout_s"}  # each pool has its own
 )
 """Settings that are read once, when the router starts; RELOAD leaves them as they are."""
+
+
+def reloaded(old: RouterSettings, new: RouterSettings) -> RouterSettings:
+    """The new ones, as far as they can be changed while the router runs."""
+    return replace(new, **{name: getattr(old, name) for name in FIXED})
 
 
 class Console:
@@ -110,7 +115,7 @@ class Console:
         return rows
 
     async def _at_owner(self, words: str, number: int) -> Rows:
-        owner = process_of(number) if number < PROCESSES_MAX << 22 else -1
+        owner = process_of(number)
         if owner not in self.peers.others:
             return await self.here(words, number)
         answer = await self.peers.ask(owner, {"run": words, "number": number})

@@ -104,7 +104,14 @@ def _apply(session: Session, change: Change) -> None:
         case "discard":
             session.variables.reset("", server, keeps_identity=False)
             session.prepared.deallocate(b"", server)
+            session.cursors.clear()
             _leave_others(session)
+        case "hold" if server is not None:
+            session.cursors[change.name] = server.shard
+        case "close" if change.name:
+            session.cursors.pop(change.name, None)
+        case "close":
+            session.cursors.clear()
         case "pin" if server is not None:
             session.servers[server.shard] = server  # what it did there lives in that one connection
 

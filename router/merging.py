@@ -35,7 +35,7 @@ from shardmove.wire.messages import Column
 Value = Callable[[bytes], Any]
 RowKey = Callable[[Sequence[bytes | None]], Any]
 
-TEXT_FORMAT, BINARY_FORMAT = 0, 1
+TEXT_FORMAT = 0
 DAY_US: Final = 86_400_000_000
 _INFINITY: Final = 2**70
 """Beyond every timestamp, in microseconds."""

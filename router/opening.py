@@ -11,7 +11,7 @@ from typing import cast
 
 from router.server import Server
 from router.tls import Host, Resolved, client_context
-from shardmove.domain.errors import ConfigurationError, ShardmoveError, Unreachable
+from shardmove.domain.errors import ShardmoveError, Unreachable
 from shardmove.wire import messages
 from shardmove.wire.login import Login, LoginRefused
 
@@ -102,7 +102,7 @@ async def open_server(shard: str, options: Resolved, credentials: Credentials, *
                     return await _open_at(shard, host, options, credentials, with_tls=with_tls)
             except TimeoutError:
                 trouble = f"{host.address} gave no answer within {options.connect_timeout_s or timeout_s:g} s"
-            except (LoginRefused, ConfigurationError, OSError, ShardmoveError) as error:
+            except (OSError, ShardmoveError) as error:
                 trouble = error
     if isinstance(trouble, LoginRefused):
         raise NoServer(
@@ -173,7 +173,7 @@ async def _log_in(
         parameters["options"] = options.options
     transport.write(login.start(parameters))
     await greeter.logged_in
-    if options.parameters.get("target_session_attrs") in ("read-write", "primary"):
+    if options.target_session_attrs in ("read-write", "primary"):
         for name in (b"in_hot_standby", b"default_transaction_read_only"):
             if login.parameters.get(name) == b"on":
                 raise Unreachable(f"{host.address} is not read-write, and target_session_attrs asks for it")

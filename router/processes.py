@@ -29,7 +29,7 @@ from typing import Any, Final
 import structlog
 
 from router.cancel import PROCESSES_MAX
-from router.console import FIXED
+from router.console import reloaded
 from router.listening import Place, bound
 from router.peers import private_directory
 from router.running import OnReady, Seat, serve
@@ -172,9 +172,8 @@ class _Parent:
     def _refresh(self) -> None:
         """A child that is started late begins with what its siblings may have reloaded, if the file is right."""
         with suppress(ShardmoveError, OSError):
-            old, new = self._config.router, self._load().router
-            kept = replace(new, **{name: getattr(old, name) for name in FIXED})
-            self._config = replace(self._config, router=kept)
+            settings = reloaded(self._config.router, self._load().router)
+            self._config = replace(self._config, router=settings)
 
     def _be_child(self, process: int, parents_end: socket.socket, channel: socket.socket) -> None:
         """Never returns. No other process may keep a parent's end open, or nobody would notice that the parent died."""

@@ -38,7 +38,6 @@ log = logging.getLogger("shardmove.router.recovering")
 PREFIX: Final = "shardmove:"
 _GID: Final = re.compile(r"shardmove:[0-9a-f]{32}:[0-9]+:(?P<decider>.+)", re.DOTALL)
 GID_BYTES_MAX: Final = 199
-_KEY: Final = "pg_catalog.hashtextextended({gid}, 0)"
 
 
 class Outcome(Enum):

@@ -20,7 +20,7 @@ from typing import TypeAlias
 import structlog
 
 from router.admin import AdminSession
-from router.console import FIXED, Console
+from router.console import FIXED, Console, reloaded
 from router.door import Door
 from router.listening import Place
 from router.metrics import exposed
@@ -181,7 +181,7 @@ class _Reload:
         """Raises ShardmoveError; everything is as before then."""
         config = await asyncio.to_thread(self._load)
         old = self._router.settings
-        settings = replace(config.router, **{name: getattr(old, name) for name in FIXED})
+        settings = reloaded(old, config.router)
         self.door.adopt(settings)
         # What of the file is not [router], the shards above all, is as it was at the start.
         self._router.adopt(replace(self._router.config, router=settings))

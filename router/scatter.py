@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from router.service import Known, Router
     from router.session import Session
 
-_ROW, _DESCRIPTION, _NO_DATA, _COMPLETE, _BOUND, _ERROR, _PARAMETERS = b"DTnC2Et"
+_ROW, _DESCRIPTION, _NO_DATA, _BOUND, _ERROR, _PARAMETERS = b"DTn2Et"
 _IMPOSSIBLE: Final = b"shardmove: nothing"
 """A statement that nobody has prepared."""
 CLEANING_S = 5.0
@@ -65,6 +65,8 @@ async def carry_out(session: Session, unit: Unit, need: Need) -> bool:
                 assert unit.need.decision.merge is not None
                 await read.run(unit.need.decision.merge)
                 break
+        except merging.Unmergeable as error:
+            raise placing.Refused(Refusal("0A000", error.message, error.hint)) from None
         finally:
             await read.end()
         if time.monotonic() - unit.began > session.limits.hold_timeout_s:
@@ -154,10 +156,8 @@ class _Part:
         self.server = lent.server
         self.rows: deque[bytes] = deque()
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.parameters = b""
         self.statement = b""
         self.portal = b""
-        self.count = 0
         self.is_running = False
         self.is_dropped = False
         self._changed = changed
@@ -165,6 +165,7 @@ class _Part:
         self._bytes = 0
         self._is_paused = False
         self._is_bound = False
+        self._parameters = b""
         self.done: asyncio.Future[list[bytes]]
 
     def open(self, asked: Asked, text: bytes) -> None:
@@ -225,16 +226,14 @@ class _Part:
         elif kind == _BOUND:
             self._is_bound = True
         elif kind == _PARAMETERS:
-            self.parameters = frame
+            self._parameters = frame
         elif kind in (_DESCRIPTION, _NO_DATA):
             if not self._is_bound:
-                self.statement = self.parameters + frame
+                self.statement = self._parameters + frame
                 return
             self.portal = frame
             if not self.opened.done():
                 self.opened.set_result(None)
-        elif kind == _COMPLETE:
-            self.count = int(messages.decode_command_complete(frame[5:]).rpartition(b" ")[2] or b"0")
         elif kind == _ERROR:
             self._fail(placing.Failed(frame))
 
@@ -286,17 +285,14 @@ class _Read:
         await asyncio.gather(*(part.opened for part in self._parts))
 
     async def run(self, merge: Merge) -> None:
-        """Raises Refused before a row is made, Failed and ServerLost at any time."""
+        """Raises Refused before a row is made, Unmergeable, Failed and ServerLost at any time."""
         key = self._key(merge)
         self._left = merge.limit
         first = self._parts[0]
         for part in self._parts:
             part.run()
         self._session.tell(self._asked.before_rows(self._session, first.statement, first.portal))
-        try:
-            sent = await (self._merged(key) if key is not None else self._united())
-        except merging.Unmergeable as error:
-            raise placing.Refused(Refusal("0A000", error.message, error.hint)) from None
+        sent = await (self._merged(key) if key is not None else self._united())
         for part in self._parts:
             await self._await(part)
         self._session.tell(messages.command_complete(b"SELECT %d" % sent))
@@ -315,10 +311,7 @@ class _Read:
             is_iso=parameters.get(b"DateStyle", b"").startswith(b"ISO"),
             is_server_encoding=parameters.get(b"client_encoding") == parameters.get(b"server_encoding"),
         )
-        try:
-            return merging.row_key(merge.order, columns[0], settings)
-        except merging.Unmergeable as error:
-            raise placing.Refused(Refusal("0A000", error.message, error.hint)) from None
+        return merging.row_key(merge.order, columns[0], settings)
 
     async def _united(self) -> int:
         sent = 0
@@ -379,8 +372,7 @@ class _Read:
     async def _await(self, part: _Part) -> None:
         while not part.is_over:
             self._changed.clear()
-            if not part.is_over:
-                await self._changed.wait()
+            await self._changed.wait()
 
     async def _tell(self, rows: list[bytes]) -> None:
         """To the client, no faster than it reads."""

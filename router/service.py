@@ -202,7 +202,8 @@ class Router:
 
     def is_stale(self) -> bool:
         """Whether the view is too old for any range: one that it knows of no move of may be elsewhere by now."""
-        return self.epochs.unconfirmed_s(time.monotonic()) > self.settings.stale_s
+        is_newest = self.epochs.view is self.view  # else what is confirmed is not what decisions are made by
+        return not is_newest or self.epochs.unconfirmed_s(time.monotonic()) > self.settings.stale_s
 
     def plan(self, text: bytes) -> Planned:
         return self.plans.of(text)

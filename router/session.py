@@ -77,6 +77,7 @@ class Session(asyncio.Protocol):
         status: what the client was told last: I, T or E.
         server: the connection that the unit or transaction under way runs on.
         servers: by shard, the connections that this client keeps (session pooling).
+        cursors: by name, the shards of those that outlive their transaction (WITH HOLD).
         changes: what the transaction changes in the session, once it is committed.
         is_hinted: among those are hints of where statements go.
         firm: the transaction has had an effect, or a key: it stays where it is.
@@ -111,6 +112,7 @@ class Session(asyncio.Protocol):
         self.status = IDLE
         self.server: Server | None = None
         self.servers: dict[str, Server] = {}
+        self.cursors: dict[str, str] = {}
         self.last_shard: str | None = None
         self.unit: Unit | None = None
         self.changes: list[Change] = []

@@ -10,21 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from router.statements import Arguments, Decision, Planned
+from router.statements import Refusal as Refusal
 from shardmove.domain.routes import Route
 from shardmove.wire.streams import Owed
-
-if TYPE_CHECKING:
-    from router.statements import Arguments, Decision, Planned
-
-
-class Refusal(NamedTuple):
-    """Why a statement is not carried out: an error for the client."""
-
-    sqlstate: str
-    message: str
-    hint: str | None = None
 
 
 class Kind(Enum):
@@ -47,7 +38,8 @@ class Kind(Enum):
 class Change(NamedTuple):
     """What a statement leaves in the session once it is committed. `name`: a setting, a statement, a savepoint."""
 
-    what: str  # set, set local, reset, discard, deallocate, pin; savepoint, release, rollback to; commit, rollback
+    what: str  # set, set local, reset, discard, deallocate, pin, hold, close (of cursors);
+    # savepoint, release, rollback to; commit, rollback
     name: str = ""
     text: bytes = b""
     value: str | None = None

@@ -7,19 +7,19 @@ never printed.
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from shardmove.domain.errors import ConfigurationError, NotFound
 from shardmove.domain.keys import KeyType
 from shardmove.domain.moves import Keyspace, Scheme, TableName
 from shardmove.domain.routes import Route, Routes
+from shardmove.wire.scram import Verifier
 
 DEFAULT_PATH = "cluster.toml"
 DEFAULT_PORT = 6432
@@ -86,11 +86,8 @@ class Limits:
                 f"[limits] late_routers {self.late_routers!r} is unknown", hint=f"known are: {', '.join(LATE_ROUTERS)}"
             )
         for each in fields(self):
-            if each.name == "late_routers":
-                continue
-            value = getattr(self, each.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise ConfigurationError(f"[limits] {each.name} must be a number above 0, not {value!r}")
+            if each.type in ("int", "float"):
+                _require_positive(getattr(self, each.name), f"[limits] {each.name}", whole=False)
 
 
 class Pooling(StrEnum):
@@ -135,6 +132,9 @@ class Address:
         if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
             raise ConfigurationError(f"{text!r} is not an address", hint="write host:port, or /directory")
         return cls(host.removeprefix("[").removesuffix("]"), int(port))
+
+
+STALE_AFTER_MAX_S: Final = 400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +202,11 @@ class RouterSettings:
         for each in fields(self):
             if each.type in ("int", "float"):
                 _require_positive(getattr(self, each.name), f"[router] {each.name}", whole=each.type == "int")
+        if self.stale_after_s > STALE_AFTER_MAX_S:
+            raise ConfigurationError(
+                f"[router] stale_after_s is {self.stale_after_s:g}, and {STALE_AFTER_MAX_S:g} at most",
+                hint="the catalog forgets a router that is silent for ten minutes: by then it must serve nothing",
+            )
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigurationError("[router] tls_certificate and tls_key go together: one of them is missing")
         if self.tls_required and self.tls_certificate is None:
@@ -428,17 +433,16 @@ def _require_positive(value: Any, where: str, *, whole: bool) -> None:
         raise ConfigurationError(f"{where} must be a {'whole ' if whole else ''}number above 0, not {value!r}")
 
 
-_VERIFIER = re.compile(r"SCRAM-SHA-256\$[1-9]\d{0,8}:[A-Za-z0-9+/]+={0,2}\$[A-Za-z0-9+/]{43}=:[A-Za-z0-9+/]{43}=")
-
-
 def _verifiers(entry: object) -> Mapping[str, str]:
     """Never quotes what it refuses: it may be a password in the wrong place."""
     if not isinstance(entry, Mapping):
         raise ConfigurationError("[router.users] must be a table")
     for user, verifier in entry.items():
-        if not isinstance(verifier, str) or _VERIFIER.fullmatch(verifier) is None:
+        try:
+            Verifier.parse(verifier if isinstance(verifier, str) else "")
+        except ValueError:
             raise ConfigurationError(
                 f"[router.users] {user} is not a SCRAM-SHA-256 verifier",
                 hint="`shardmove router verifier` makes one from a password; a password itself does not belong here",
-            )
+            ) from None
     return dict(entry)

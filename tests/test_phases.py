@@ -16,7 +16,7 @@ from shardmove.cli.exits import Exit
 from shardmove.coordinator import phases
 from shardmove.coordinator.cutover import Report, cut_over
 from shardmove.coordinator.hold import Hold
-from shardmove.coordinator.phases import change_phase
+from shardmove.coordinator.phases import SAMPLE_RATE, change_phase
 from shardmove.coordinator.progress import Progress
 from shardmove.domain import points
 from shardmove.domain.errors import ConfigurationError, CutoverGaveUp, Failed, Refused
@@ -389,12 +389,19 @@ def test_a_fall_back_while_an_operator_begins_to_read_keeps_reads_off_the_target
             number = world.catalog.traffic(move_id).number
             assert world.catalog.fall_back(move_id, number, "r1", "it does not answer")
 
-        with points.armed("phase.before_readers", fall_back):
+        with (
+            points.armed("phase.before_readers", fall_back),
+            pytest.raises(Refused, match="is in phase 3, not 4: somebody changed it"),
+        ):
             set_phase(world, move_id, 4, force=True)
+        traffic = world.catalog.traffic(move_id)
+        assert (traffic.phase, traffic.read_share) == (3, 0.0)
+        set_phase(world, move_id, 4, force=True)
         assert world.catalog.traffic(move_id).phase == 4
         number = world.catalog.traffic(move_id).number
         assert world.catalog.fall_back(move_id, number, "r1", "it does not answer")
-        assert world.catalog.traffic(move_id).phase == 3
+        traffic = world.catalog.traffic(move_id)
+        assert (traffic.phase, traffic.sample_rate) == (3, SAMPLE_RATE)  # it goes on comparing
         assert detail(world, move_id, "phase_fell_back")["reason"] == "it does not answer"
 
 
@@ -423,6 +430,7 @@ def test_nothing_is_erased_where_a_router_may_still_read(
 
                 def answer() -> None:
                     waited_for.wait()
+                    follower.acknowledges = True
                     follower.epochs.acknowledge(follower.await_view(lambda v: v.epoch >= changed).epoch)
 
                 join = in_background(answer)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from router.peers import Peers
 from shardmove.config import RouterSettings
 from shardmove.postgres.embedded import Cluster
 from tests.support.door import eventually
-from tests.support.router import ADMIN_DATABASE, USER, Router, Routers
+from tests.support.router import ADMIN_DATABASE, USER, Router, Routers, cancelled
 from tests.support.servers import Databases
 from tests.support.world import World
 
@@ -180,20 +181,8 @@ def test_a_client_is_killed_wherever_it_is(router: Router, console: psycopg.Conn
 
 def test_what_a_client_runs_is_cancelled_wherever_it_is(router: Router, console: psycopg.Connection) -> None:
     for connection in pair_of(router):
-        ended: list[BaseException] = []
-
-        def sleep(connection: psycopg.Connection = connection, ended: list[BaseException] = ended) -> None:
-            try:
-                connection.execute("SELECT pg_sleep(60)")
-            except psycopg.Error as error:
-                ended.append(error)
-
-        thread = threading.Thread(target=sleep)
-        thread.start()
-        while thread.is_alive():
-            console.execute(f"KILL CANCEL {connection.info.backend_pid}".encode())
-            thread.join(0.05)
-        assert isinstance(ended[0], psycopg.errors.QueryCanceled)
+        cancel = partial(console.execute, f"KILL CANCEL {connection.info.backend_pid}".encode())
+        assert isinstance(cancelled(connection, cancel), psycopg.errors.QueryCanceled)
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,21 +17,16 @@ from router.comparing import is_comparable
 from shardmove.coordinator import phases
 from shardmove.domain.moves import State
 from shardmove.postgres.connect import Connection
+from tests.support import engine
 from tests.support.replacing import replaced
 from tests.support.router import Router, Routers
 from tests.support.world import World, in_background
 
 BOUND_S: Final = 60.0
+await_true = partial(engine.until, timeout_s=BOUND_S)
 TENANT: Final = 25
 """Of the moving range: tenants from 20 on go from s1 to s2."""
 READ: Final = "SELECT * FROM customers WHERE tenant_id = %s"
-
-
-def await_true(is_so: Callable[[], bool], otherwise: Callable[[], object]) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise()
-        time.sleep(0.05)
 
 
 def enter(world: World, move_id: str, phase: int, **words: Any) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ import psycopg
 import pytest
 
 from shardmove.postgres.embedded import Cluster
+from tests.support import engine
 from tests.support.orders import await_taken, order
 from tests.support.replacing import replaced
 from tests.support.routed import Routed
@@ -24,6 +24,7 @@ from tests.support.servers import Databases
 from tests.support.world import in_background
 
 BOUND_S: Final = 60.0
+await_true = partial(engine.until, timeout_s=BOUND_S)
 SHARDS: Final = ("s1", "s2")
 COUNTRIES: Final = "CREATE TABLE countries (code text PRIMARY KEY, name text NOT NULL, people integer)"
 
@@ -58,19 +59,12 @@ class WithReference(Routed):
         ]
 
     def await_nothing_prepared(self) -> None:
-        await_true(lambda: not self.prepared(), f"left prepared: {self.prepared()}")
+        await_true(lambda: not self.prepared(), lambda: f"left prepared: {self.prepared()}")
 
 
 @pytest.fixture
 def both(databases: Databases, tmp_path: Path, routers: Routers) -> WithReference:
     return WithReference(databases, tmp_path, routers)
-
-
-def await_true(is_so: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)
 
 
 def columns(routed: Routed, table: str) -> list[list[tuple[Any, ...]]]:

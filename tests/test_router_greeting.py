@@ -380,6 +380,7 @@ def test_settings_are_read(tmp_path: Path) -> None:
         ({"admins": "joe"}, "admins must be a list of names"),
         ({"admins": ["eve"], "users": USERS}, "'eve', who is not in [router.users]"),
         ({"users": {"joe": "SCRAM-SHA-256$hunter2"}}, "joe is not a SCRAM-SHA-256 verifier"),
+        ({"users": {"joe": USERS["joe"].replace(":", ":A", 1)}}, "joe is not a SCRAM-SHA-256 verifier"),
         ({"users": ["joe"]}, "[router.users] must be a table"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else None,

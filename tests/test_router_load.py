@@ -13,12 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 import psycopg
 import pytest
 
-from tests.support.rawclient import RawClient, query, sqlstates
+from shardmove.wire import messages as wire
+from tests.support import engine
+from tests.support.rawclient import RawClient, sqlstates
 from tests.support.routed import SPLIT_AT, Routed
 from tests.support.router import Router
 
@@ -26,6 +29,7 @@ CLIENTS: Final = int(os.environ.get("SHARDMOVE_LOAD_CLIENTS", "500"))
 ROW_MB: Final = int(os.environ.get("SHARDMOVE_LOAD_ROW_MB", "256"))
 SLOW: Final = int(os.environ.get("SHARDMOVE_LOAD_SLOW", "12"))
 BOUND_S: Final = 120.0
+await_true = partial(engine.until, timeout_s=BOUND_S)
 MB: Final = 2**20
 GROWTH_MB: Final = 48
 """What the router's memory may grow by, whatever passes through it: far less than any of the results."""
@@ -150,7 +154,7 @@ def test_a_client_that_sends_without_reading_is_made_to_wait(routed: Routed) -> 
     router, count = routed.router(), 2_000
     with RawClient(router.port, dbname=routed.dbname) as client:
         before = router.memory_bytes()
-        statements = query(long_text(100)) * count
+        statements = wire.query(long_text(100)) * count
         sent = [0]
         sender = threading.Thread(target=send_counted, args=(client.socket, statements, sent), daemon=True)
         sender.start()
@@ -269,7 +273,8 @@ def test_a_length_that_cannot_be_is_refused(routed: Routed) -> None:
 
 def test_clients_that_vanish_at_any_point_leave_no_server_behind(routed: Routed) -> None:
     router = routed.router()
-    for sent in (b"", b"Q", query("SELECT pg_sleep(2)"), query("BEGIN; LOCK items"), query(long_result(64))):
+    texts = ("SELECT pg_sleep(2)", "BEGIN; LOCK items", long_result(64))
+    for sent in (b"", b"Q", *map(wire.query, texts)):
         for cut in {0, len(sent) // 2, len(sent)}:
             with RawClient(router.port, dbname=routed.dbname) as client:
                 client.socket.sendall(sent[:cut])
@@ -321,10 +326,3 @@ def sampled(router: Router) -> Iterator[Callable[[], int]]:
     finally:
         ended.set()
         thread.join()
-
-
-def await_true(is_so: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import urllib.request
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,9 +24,10 @@ from router.peers import PREFIX, private_directory
 from shardmove.cli.verbs import app
 from shardmove.config import Address
 from shardmove.domain.errors import ConfigurationError
+from shardmove.postgres.watcher import wait_gone
 from shardmove.wire.scram import Verifier
 from tests.support.door import eventually
-from tests.support.router import ROOT, Router, Routers, free_port
+from tests.support.router import ROOT, STOP_BOUND_S, Router, Routers, cancelled, free_port
 from tests.support.shell import Shell, invoked
 from tests.support.world import World
 
@@ -63,20 +66,8 @@ def test_a_cancel_request_finds_its_way_to_the_right_process(world: World, route
     router = routers.start(world.write_config(), processes=3)
     connections = [connect_to(router, process) for process in range(3)]
     for connection in connections:
-        ended: list[BaseException] = []
-
-        def sleep(connection: psycopg.Connection = connection, ended: list[BaseException] = ended) -> None:
-            try:
-                connection.execute("SELECT pg_sleep(60)")
-            except psycopg.Error as error:
-                ended.append(error)
-
-        thread = threading.Thread(target=sleep)
-        thread.start()
-        while thread.is_alive():  # it may not run yet, when the request comes
-            connection.cancel_safe(timeout=10)
-            thread.join(0.05)
-        assert isinstance(ended[0], psycopg.errors.QueryCanceled)
+        cancel = partial(connection.cancel_safe, timeout=10)
+        assert isinstance(cancelled(connection, cancel), psycopg.errors.QueryCanceled)
         connection.close()
 
 
@@ -319,6 +310,40 @@ def test_a_killed_routers_directory_is_removed_by_the_next_one(tmp_path: Path, m
         with private_directory():
             assert (stale.exists(), fresh.exists(), live.exists()) == (False, True, True)
     assert not live.exists()
+
+
+# --- whoever starts a router in a test
+
+OWNER = """
+import json, sys
+from pathlib import Path
+from tests.support import router
+
+config, directory, *guard = sys.argv[1:]
+router._GUARD = guard[0] if guard else router._GUARD
+started = router.Router(Path(config), Path(directory), processes=2).start()
+print(json.dumps([started._guard.pid, *(each.pid for each in started.processes())]), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("guard", [[], ["read _"]], ids=["guarded", "twin without the kill"])
+def test_a_router_ends_with_the_process_that_started_it(world: World, tmp_path: Path, guard: list[str]) -> None:
+    command = [sys.executable, "-c", OWNER, str(world.write_config()), str(tmp_path), *guard]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        shell, *group = [psutil.Process(pid) for pid in json.loads(owner.stdout.readline())]
+        owner.kill()
+    try:
+        assert len(group) == 3
+        assert wait_gone([shell], STOP_BOUND_S)
+        assert guard or wait_gone(group, STOP_BOUND_S)
+        assert not guard or not wait_gone(group[:1], 0.0)
+    finally:
+        for each in group:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        wait_gone(group, STOP_BOUND_S)
 
 
 # --- where a statement would go

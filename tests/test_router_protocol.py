@@ -10,9 +10,9 @@ import os
 import random
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Final
 
 import psycopg
@@ -20,7 +20,8 @@ import pytest
 
 from shardmove.postgres.embedded import Cluster
 from shardmove.wire import messages as wire
-from tests.support.rawclient import RawClient, sqlstates, told
+from tests.support import engine
+from tests.support.rawclient import RawClient, codes, sqlstates, status, told, values
 from tests.support.routed import SPLIT_AT, Routed
 from tests.support.router import Router, Routers
 from tests.support.servers import Databases
@@ -34,6 +35,7 @@ S, H, X, c = wire.SYNC, wire.FLUSH, wire.TERMINATE, wire.COPY_DONE
 E0 = E(b"")
 READ: Final = "SELECT note FROM items WHERE tenant_id = $1"
 WRITE: Final = "INSERT INTO items (tenant_id, id) VALUES ($1, $2)"
+until = partial(engine.until, timeout_s=BOUND_S)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,7 @@ def both(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 "transaction": routed.router(pooling="transaction", servers_max=2, queue_timeout_s=BOUND_S),
             },
         )
-        for router in routers._started:
-            assert "Traceback" not in router.said, router.said
+        routers.check()
     databases.drop()
 
 
@@ -82,26 +83,6 @@ def connect(routed: Routed, router: Router, **more: object) -> RawClient:
 
 def bound(name: bytes, *values: object) -> bytes:
     return B(b"", name, [str(value).encode() for value in values]) + E0
-
-
-def values(said: Sequence[str]) -> list[str]:
-    """The first columns of the rows."""
-    return [bytes.fromhex(each[2:])[6:].decode() for each in said if each.startswith("D ")]
-
-
-def codes(said: Sequence[str]) -> list[str]:
-    return [word[2:] for each in said if each[0] == "E" for word in each.split() if word.startswith("C=")]
-
-
-def status(said: Sequence[str]) -> str:
-    return said[-1][3]
-
-
-def until(is_so: Callable[[], object], otherwise: str) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.02)
 
 
 # --- prepared statements

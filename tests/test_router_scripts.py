@@ -7,8 +7,8 @@ a statement's text is one, too.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -17,13 +17,15 @@ from shardmove.domain.errors import ShardmoveError
 from shardmove.domain.moves import State
 from shardmove.postgres.embedded import Cluster
 from shardmove.wire import messages as wire
-from tests.support.rawclient import RawClient, query, told
+from tests.support import engine
+from tests.support.rawclient import RawClient, codes, status, told
 from tests.support.routed import SPLIT_AT, Routed
 from tests.support.router import Router, Routers
 from tests.support.servers import Databases
 from tests.support.world import World
 
 BOUND_S = 30.0
+until = partial(engine.until, timeout_s=BOUND_S)
 HERE, THERE = 5, SPLIT_AT + 100
 """Tenants of s1, which is home, and of s2."""
 TENANT = 30
@@ -39,14 +41,6 @@ def one(text: str | bytes) -> bytes:
 
 def insert(tenant: int) -> str:
     return f"INSERT INTO items (tenant_id, id) VALUES ({tenant}, 1)"
-
-
-def codes(said: list[str]) -> list[str]:
-    return [word[2:] for each in said if each[0] == "E" for word in each.split() if word.startswith("C=")]
-
-
-def status(said: list[str]) -> str:
-    return said[-1][3]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +92,7 @@ def test_what_says_later_where_it_goes_stands_alone(client: RawClient, routed: R
         f"PREPARE q(bigint) AS INSERT INTO items (tenant_id, id) VALUES ($1, 1); EXECUTE q({THERE})",
         f"SET shardmove.key = '{THERE}'; CALL ins({THERE})",
     ):
-        said = client.ask(query(script))
+        said = client.ask(wire.query(script))
         assert codes(said) == ["0A000"], script
         assert status(said) == "I", script
     assert rows(routed) == {"s1": [], "s2": []}
@@ -108,33 +102,33 @@ def test_what_says_later_where_it_goes_stands_alone(client: RawClient, routed: R
 def test_behind_the_end_of_a_failed_transaction_rows_go_where_they_belong(
     client: RawClient, routed: Routed, how: str
 ) -> None:
-    client.ask(query("BEGIN"))
-    client.ask(query(insert(HERE)))
-    assert status(client.ask(query("SELECT 1/0"))) == "E"
+    client.ask(wire.query("BEGIN"))
+    client.ask(wire.query(insert(HERE)))
+    assert status(client.ask(wire.query("SELECT 1/0"))) == "E"
     match how:
         case "script":
-            said = client.ask(query(f"ROLLBACK; {insert(THERE)}"))
+            said = client.ask(wire.query(f"ROLLBACK; {insert(THERE)}"))
         case "copy":
-            said = client.ask(query("ROLLBACK; COPY items (tenant_id, id) FROM STDIN"))
+            said = client.ask(wire.query("ROLLBACK; COPY items (tenant_id, id) FROM STDIN"))
         case "pipeline":
             said = client.ask(one("ROLLBACK"), one(insert(THERE)), wire.SYNC)
         case _:
             said = client.ask(one("ROLLBACK"), one("BEGIN"), one(insert(THERE)), one("COMMIT"), wire.SYNC)
     assert codes(said) == ["0A000"]
-    client.ask(query("ROLLBACK"))
+    client.ask(wire.query("ROLLBACK"))
     assert rows(routed) == {"s1": [], "s2": []}
-    assert codes(client.ask(query(insert(THERE)))) == []
+    assert codes(client.ask(wire.query(insert(THERE)))) == []
     assert rows(routed) == {"s1": [], "s2": [THERE]}
 
 
 def test_behind_the_end_of_a_failed_transaction_the_same_shard_goes_on(client: RawClient, routed: Routed) -> None:
     for tenant, unit in (
-        (HERE, (query(f"ROLLBACK; {insert(HERE)}"),)),
+        (HERE, (wire.query(f"ROLLBACK; {insert(HERE)}"),)),
         (HERE + 1, (one("ROLLBACK"), one(insert(HERE + 1)), wire.SYNC)),
     ):
-        client.ask(query("BEGIN"))
-        client.ask(query(insert(HERE + 50)))
-        assert status(client.ask(query("SELECT 1/0"))) == "E"
+        client.ask(wire.query("BEGIN"))
+        client.ask(wire.query(insert(HERE + 50)))
+        assert status(client.ask(wire.query("SELECT 1/0"))) == "E"
         said = client.ask(*unit)
         assert codes(said) == []
         assert status(said) == "I"
@@ -143,15 +137,15 @@ def test_behind_the_end_of_a_failed_transaction_the_same_shard_goes_on(client: R
 
 
 def test_a_failed_transaction_takes_nothing_but_its_end(client: RawClient, routed: Routed) -> None:
-    client.ask(query("BEGIN"))
-    client.ask(query(insert(HERE)))
-    client.ask(query("SELECT 1/0"))
+    client.ask(wire.query("BEGIN"))
+    client.ask(wire.query(insert(HERE)))
+    client.ask(wire.query("SELECT 1/0"))
     for text in (insert(THERE), insert(HERE + 1), f"{insert(THERE)}; ROLLBACK"):
-        said = client.ask(query(text))
+        said = client.ask(wire.query(text))
         assert codes(said) == ["25P02"], text
         assert status(said) == "E", text
     assert codes(client.ask(one(insert(THERE)), wire.SYNC)) == ["25P02"]
-    client.ask(query("ROLLBACK"))
+    client.ask(wire.query("ROLLBACK"))
     assert rows(routed) == {"s1": [], "s2": []}
 
 
@@ -165,23 +159,23 @@ def test_a_failed_transaction_takes_nothing_but_its_end(client: RawClient, route
 def test_a_local_hint_counts_at_once_and_ends_with_its_transaction(
     client: RawClient, routed: Routed, setting: str, end: str
 ) -> None:
-    client.ask(query("BEGIN"))
-    client.ask(query(setting.format(THERE)))
-    assert codes(client.ask(query(f"CALL ins({THERE})"))) == []
-    client.ask(query(end))
-    assert codes(client.ask(query(insert(HERE)))) == []
+    client.ask(wire.query("BEGIN"))
+    client.ask(wire.query(setting.format(THERE)))
+    assert codes(client.ask(wire.query(f"CALL ins({THERE})"))) == []
+    client.ask(wire.query(end))
+    assert codes(client.ask(wire.query(insert(HERE)))) == []
     assert rows(routed) == {"s1": [HERE], "s2": [THERE] if end == "COMMIT" else []}
 
 
 def test_a_hint_is_rolled_back_with_its_transaction_and_its_savepoint(client: RawClient, routed: Routed) -> None:
     hint = f"SET shardmove.key = '{THERE}'"
     for text in ("BEGIN", hint, "ROLLBACK", f"CALL ins({HERE})"):
-        assert codes(client.ask(query(text))) == [], text
+        assert codes(client.ask(wire.query(text))) == [], text
     for text in ("BEGIN", "SAVEPOINT a", hint, "ROLLBACK TO a", f"CALL ins({HERE + 1})", "COMMIT"):
-        assert codes(client.ask(query(text))) == [], text
+        assert codes(client.ask(wire.query(text))) == [], text
     assert rows(routed) == {"s1": [HERE, HERE + 1], "s2": []}
     for text in ("BEGIN", hint, "COMMIT", f"CALL ins({THERE})"):
-        assert codes(client.ask(query(text))) == [], text
+        assert codes(client.ask(wire.query(text))) == [], text
     assert rows(routed)["s2"] == [THERE]
 
 
@@ -218,13 +212,6 @@ def version(world: World, shard: str) -> int:
     return int(world.fetch(shard, READ)[0][0])
 
 
-def await_(is_so: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.02)
-
-
 LOCK = "SELECT pg_advisory_lock(7)"
 
 
@@ -235,15 +222,15 @@ def test_what_is_committed_is_not_said_again(world: World, router: Router, how: 
     world.run(move_id, State.READY)
     before = version(world, "s1")
     units = {
-        "script": [query(f"{UPDATE}; COMMIT; {LOCK}; {UPDATE}")],
-        "blocks": [query(f"BEGIN; {UPDATE}; COMMIT; {LOCK}; BEGIN; {UPDATE}; COMMIT")],
+        "script": [wire.query(f"{UPDATE}; COMMIT; {LOCK}; {UPDATE}")],
+        "blocks": [wire.query(f"BEGIN; {UPDATE}; COMMIT; {LOCK}; BEGIN; {UPDATE}; COMMIT")],
         "pipeline": [one("BEGIN"), one(UPDATE), one("COMMIT"), one(LOCK), one(UPDATE), wire.SYNC],
-        "procedure": [query(f"/* shardmove: key={TENANT} */ CALL twice()")],
+        "procedure": [wire.query(f"/* shardmove: key={TENANT} */ CALL twice()")],
     }
     with connected(world, router) as client, world.connect("s1") as blocker:
         blocker.execute("SELECT pg_advisory_lock(7)")
         client.send(*units[how])
-        await_(lambda: version(world, "s1") == before + 1, "the first write does not come through")
+        until(lambda: version(world, "s1") == before + 1, "the first write does not come through")
         world.cut_over(move_id)
         blocker.execute("SELECT pg_advisory_unlock(7)")
         said = told(client.until_ready())
@@ -256,7 +243,7 @@ def fourth_phase(world: World, router: Router) -> str:
     world.run(move_id, State.READY)
     with world.hold(move_id) as held:
         change_phase(held, 4, share=1.0, force=True)
-    await_(lambda: any(str(row["phase"]).startswith("4") for row in router.show("MOVES")), "no phase 4")
+    until(lambda: any(str(row["phase"]).startswith("4") for row in router.show("MOVES")), "no phase 4")
     return move_id
 
 
@@ -266,13 +253,13 @@ def test_reads_that_begin_more_than_themselves_stay_at_the_owner(world: World, r
     with connected(world, router) as client:
         for unit in (
             (one("BEGIN"), one(READ), wire.SYNC),
-            (query(f"BEGIN; {READ}"),),
+            (wire.query(f"BEGIN; {READ}"),),
             (one(READ), one(UPDATE), wire.SYNC),
             (one(READ), wire.FLUSH, one(UPDATE), wire.SYNC),
         ):
             assert codes(client.ask(*unit)) == []
-            assert codes(client.ask(query(UPDATE))) == []
-            if status(client.ask(query("COMMIT"))) != "I":
+            assert codes(client.ask(wire.query(UPDATE))) == []
+            if status(client.ask(wire.query("COMMIT"))) != "I":
                 pytest.fail("the block does not end")
 
 
@@ -293,7 +280,7 @@ def test_a_client_reads_what_it_wrote_by_a_function(world: World, router: Router
     with connected(world, router) as client:
         for _ in range(3):
             before = version(world, "s1")
-            assert codes(client.ask(query(text))) == []
+            assert codes(client.ask(wire.query(text))) == []
             assert version(world, "s2") == before + 1 == version(world, "s1")
 
 
@@ -306,7 +293,7 @@ def test_a_statement_with_a_writing_function_waits_for_a_cutover(world: World, r
     def work() -> None:
         with connected(world, router) as client:
             while not stop.is_set():
-                said = client.ask(query(f"SELECT bump() FROM tenants WHERE tenant_id = {TENANT}"))
+                said = client.ask(wire.query(f"SELECT bump() FROM tenants WHERE tenant_id = {TENANT}"))
                 done[0] += not codes(said)
                 if codes(said):
                     errors.append(said)
@@ -314,10 +301,10 @@ def test_a_statement_with_a_writing_function_waits_for_a_cutover(world: World, r
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        await_(lambda: done[0] > 10, "nothing is written")
+        until(lambda: done[0] > 10, "nothing is written")
         world.cut_over(move_id)
         count = done[0]
-        await_(lambda: done[0] > count + 10, "nothing is written after the cutover")
+        until(lambda: done[0] > count + 10, "nothing is written after the cutover")
     except ShardmoveError as error:
         pytest.fail(str(error))
     finally:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from shardmove.catalog.routers import LISTED_FOR_S
+from shardmove.config import STALE_AFTER_MAX_S, RouterSettings
 from shardmove.coordinator.phases import change_phase
+from shardmove.domain.errors import ConfigurationError
 from shardmove.domain.moves import State
 from shardmove.wire import messages as wire
-from tests.support.rawclient import RawClient, query, told
+from tests.support import engine
+from tests.support.rawclient import RawClient, codes, told, values
 from tests.support.routed import Routed
 from tests.support.router import Router, Routers
 from tests.support.servers import connect
 from tests.support.world import World
 
 BOUND_S = 20.0
+until = partial(engine.until, timeout_s=BOUND_S)
 TENANT = 30
 UPDATE = f"UPDATE tenants SET version = version + 1 WHERE tenant_id = {TENANT}"
 READ = f"SELECT version FROM tenants WHERE tenant_id = {TENANT}"
@@ -91,13 +97,6 @@ def line_in(config: Path, dsn: str) -> Iterator[Line]:
         line.close()
 
 
-def until(is_so: Callable[[], object], otherwise: str) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.02)
-
-
 def client(router: Router, dsn: str) -> RawClient:
     return RawClient(router.port, dbname=str(conninfo_to_dict(dsn)["dbname"]), bound_s=BOUND_S)
 
@@ -113,14 +112,6 @@ def cancel(router: Router, asked: RawClient) -> None:
     with socket.create_connection(("127.0.0.1", router.port)) as connection:
         connection.sendall(wire.cancel_request(asked.pid, asked.secret))
         assert connection.recv(1) == b""  # the router has taken it in
-
-
-def values(said: list[str]) -> list[str]:
-    return [bytes.fromhex(each.split()[1])[6:].decode() for each in said if each.startswith("D ")]
-
-
-def codes(said: list[str]) -> list[str]:
-    return [word[2:] for each in said if each[0] == "E" for word in each.split() if word.startswith("C=")]
 
 
 def enter_phase_4(world: World, router: Router) -> str:
@@ -157,22 +148,22 @@ def test_a_cancel_while_a_commit_is_acknowledged_late_changes_nothing(world: Wor
             blocker.execute("ROLLBACK")
             said = told(a.until_ready())
         assert codes(said) == []
-        assert values(a.ask(query("SELECT 'mine'"))) == ["mine"], "replies are out of step"
-        assert values(a.ask(query(READ))) == ["1"]
+        assert values(a.ask(wire.query("SELECT 'mine'"))) == ["mine"], "replies are out of step"
+        assert values(a.ask(wire.query(READ))) == ["1"]
 
 
 def test_rows_before_a_late_acknowledgement_are_not_kept_and_the_commit_is(world: World, routers: Routers) -> None:
     router = routers.start(world.write_config(), target_patience_s=BOUND_S)
     enter_phase_4(world, router)
     with client(router, world.dsns["s1"]) as a:
-        a.ask(query("BEGIN"))
-        a.ask(query(UPDATE))
+        a.ask(wire.query("BEGIN"))
+        a.ask(wire.query(UPDATE))
         before = router.memory_bytes()
         a.query(f"SELECT repeat('x', 1000000) FROM generate_series(1, 200) WHERE EXISTS ({READ})")
         a.until(b"D", keep_max=10)
         assert router.memory_bytes() - before < 80 << 20
         a.until_ready(keep_max=10)
-        a.ask(query("COMMIT"))
+        a.ask(wire.query("COMMIT"))
         with blocked_mirror(world) as blocker:
             a.query(f"{UPDATE} RETURNING repeat('x', 600000)")
             await_state(router, a, "waiting")
@@ -189,10 +180,10 @@ def test_with_catalog_and_target_away_a_commit_is_acknowledged(world: World, rou
         router = routers.start(config, confirm_s=1.0, target_patience_s=0.2)
         enter_phase_4(world, router)
         with client(router, world.dsns["s1"]) as a, blocked_mirror(world):
-            a.ask(query("BEGIN"))
-            a.ask(query(UPDATE))
+            a.ask(wire.query("BEGIN"))
+            a.ask(wire.query(UPDATE))
             line.cut()
-            assert codes(a.ask(query("COMMIT"))) == []
+            assert codes(a.ask(wire.query("COMMIT"))) == []
 
 
 # --- routes that the catalog does not confirm
@@ -206,19 +197,25 @@ def test_who_waited_for_a_connection_goes_by_routes_that_are_fresh_then(world: W
         world.run(move_id, State.READY)
         until(lambda: router.show("MOVES"), "the router never hears of the move")
         with client(router, world.dsns["s1"]) as a, client(router, world.dsns["s1"]) as b:
-            a.ask(query("BEGIN"))
-            a.ask(query("SELECT count(*) FROM orders WHERE tenant_id = 3"))
+            a.ask(wire.query("BEGIN"))
+            a.ask(wire.query("SELECT count(*) FROM orders WHERE tenant_id = 3"))
             b.query(READ)
             await_state(router, b, "waiting")
             line.cut()
             world.cut_over(move_id)
             began = time.monotonic()
             until(lambda: time.monotonic() > began + 2, "")  # twice as long as the routes may be used
-            a.ask(query("COMMIT"))
+            a.ask(wire.query("COMMIT"))
             assert codes(told(b.until_ready())) == ["40001"], "the old owner was read, by routes of before"
 
 
-@pytest.mark.parametrize("stale_after_s", [1.0, 3600.0], ids=["bounded", "twin without a bound"])
+def test_a_router_serves_nothing_any_more_when_the_catalog_forgets_it() -> None:
+    assert 1.25 * RouterSettings(stale_after_s=STALE_AFTER_MAX_S).stale_s < LISTED_FOR_S
+    with pytest.raises(ConfigurationError, match="at most"):
+        RouterSettings(stale_after_s=STALE_AFTER_MAX_S + 1)
+
+
+@pytest.mark.parametrize("stale_after_s", [1.0, STALE_AFTER_MAX_S], ids=["bounded", "twin without a bound"])
 def test_a_router_that_never_heard_of_a_move_reads_nothing_erased(
     world: World, routers: Routers, stale_after_s: float
 ) -> None:
@@ -227,14 +224,14 @@ def test_a_router_that_never_heard_of_a_move_reads_nothing_erased(
     with line_in(config, world.dsns["cat"]) as line:
         router = routers.start(config, confirm_s=1.0, stale_after_s=stale_after_s, hold_timeout_s=1.0)
         with client(router, world.dsns["s1"]) as a:
-            assert values(a.ask(query(READ))) == ["0"]
+            assert values(a.ask(wire.query(READ))) == ["0"]
             line.cut()
             move_id = world.split(at=20)
             world.run(move_id, State.READY)
             world.cut_over(move_id)
             world.complete(move_id)
             for statement in (READ, UPDATE):
-                said = a.ask(query(statement))
+                said = a.ask(wire.query(statement))
                 if stale_after_s == 1.0:
                     assert codes(said) == ["40001"]
                     assert "the catalog is away" in said[0]
@@ -291,5 +288,5 @@ def test_a_copy_that_waits_at_its_second_shard_is_cancelled(routed: Routed, pool
         assert codes(told(a.until_ready())) == ["57014"]
         until(lambda: routed.execute("s2", waiting) == [(0,)], "the COPY waits on at the shard")
         lock.execute("ROLLBACK")
-        assert values(a.ask(query("SELECT 'mine'"))) == ["mine"]
+        assert values(a.ask(wire.query("SELECT 'mine'"))) == ["mine"]
     assert routed.execute("s2", "SELECT count(*) FROM items") == [(0,)]

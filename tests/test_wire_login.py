@@ -545,6 +545,7 @@ def test_not_even_the_mock_verifiers_own_key_lets_an_unknown_user_in() -> None:
         "md5" + "0" * 32,
         "SCRAM-SHA-256$0:c2FsdA==$" + "A" * 43 + "=:" + "A" * 43 + "=",
         "SCRAM-SHA-256$4096:c2FsdA==$AAAA:AAAA",
+        "SCRAM-SHA-256$1000000000:c2FsdA==$" + "A" * 43 + "=:" + "A" * 43 + "=",
         "SCRAM-SHA-256$4096:c2FsdA$" + "A" * 43 + "=:" + "A" * 43 + "=",
         "SCRAM-SHA-256$4096:$" + "A" * 43 + "=:" + "A" * 43 + "=",
         "SCRAM-SHA-256$4096:c2FsdA==$" + "A" * 43 + "=:" + "A" * 43 + "=\n",

@@ -19,7 +19,6 @@ from shardmove.domain.routes import Route, RouteTable
 
 NOT_SUPPORTED = "0A000"
 SYNTAX_ERROR = "42601"
-INVALID_VALUE = "22023"
 
 
 class Action(Enum):
@@ -71,6 +70,8 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
+    """Why a statement is not carried out: an error for the client."""
+
     sqlstate: str
     message: str
     hint: str | None = None
@@ -158,9 +159,8 @@ class CopySpec:
 
     keyspace: str
     key_type: KeyType
-    column: int | None
-    """The key's position among the columns that are sent, from 0; None where no column list names it."""
-    columns: int | None
+    column: int
+    """The key's position among the columns that are sent, from 0."""
     format: str
     delimiter: str
     null: str

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from router.statements.actions import NOT_SUPPORTED, Action, CopyOut, CopySpec, Part, Place, Refusal
-from router.statements.naming import named_tables
+from router.statements.naming import named_in
 from router.statements.statement import Statement
 from router.statements.tables import Split
 
@@ -14,19 +14,16 @@ from router.statements.tables import Split
 def copy_part(s: Statement, part_of: Callable[[Statement], Part]) -> Part:
     if s.token(1).text == "(":
         return _copy_query(s, part_of)
-    position = (
-        2
-        if s.word(1) == "BINARY" and s.token(2).kind in ("word", "identifier") and s.word(2) not in ("FROM", "TO")
-        else 1
+    is_old_binary = (
+        s.word(1) == "BINARY" and s.token(2).kind in ("word", "identifier") and s.word(2) not in ("FROM", "TO")
     )
-    is_old_binary = position == 2
-    first = position
+    first = position = 2 if is_old_binary else 1
     schema = None
     if s.token(position + 1).text == ".":
         schema, position = s.token(position).name, position + 2
     split = s.tables.find(schema, s.token(position).name)
-    columns, position = _columns(s, position + 1)
-    name_end = first + (3 if schema is not None else 1)
+    name_end = position + 1
+    columns, position = _columns(s, name_end)
     direction, place = s.word(position), s.word(position + 1)
     if direction not in ("FROM", "TO"):
         return _refused("42601", "the router cannot read this COPY statement")
@@ -39,7 +36,7 @@ def copy_part(s: Statement, part_of: Callable[[Statement], Part]) -> Part:
         options["format"] = "binary"
     if direction == "TO":
         return _copy_out(s, split, options, (first, name_end), columns)
-    return _copy_in(s, split, columns, options, position + 2)
+    return _copy_in(s, split, columns, options)
 
 
 def _copy_query(s: Statement, part_of: Callable[[Statement], Part]) -> Part:
@@ -167,12 +164,11 @@ def _is_on(value: str) -> bool:
     return value.lower() in ("true", "on", "1", "match", "yes")
 
 
-def _copy_in(s: Statement, split: Split | None, columns: list[str] | None, options: dict[str, str], _: int) -> Part:
+def _copy_in(s: Statement, split: Split | None, columns: list[str] | None, options: dict[str, str]) -> Part:
     if split is None:
         return Part(Action.COPY_IN, is_write=True)
-    named = tuple(found.table for found in named_tables(s))
     if split.column is None:
-        return Part(Action.COPY_IN, is_write=True, tables=named)
+        return Part(Action.COPY_IN, is_write=True, tables=named_in(s).tables)
     known = columns if columns is not None else s.tables.columns.get(split.table)
     if known is None:
         return _refused(NOT_SUPPORTED, f"COPY of {split.table} does not name its columns", "name the columns")
@@ -209,7 +205,6 @@ def _spec(split: Split, columns: list[str], options: dict[str, str]) -> CopySpec
         keyspace=split.keyspace.name,
         key_type=split.key_type,
         column=columns.index(split.column),
-        columns=len(columns),
         format=format_,
         delimiter=options.get("delimiter", "," if is_csv else "\t"),
         null=options.get("null", "" if is_csv else "\\N"),

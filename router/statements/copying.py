@@ -38,7 +38,6 @@ class CopyKeys:
     """
 
     def __init__(self, spec: CopySpec, facts: Facts = _NOTHING) -> None:
-        assert spec.column is not None
         self._spec = spec
         self._facts = facts
         self._column = spec.column
@@ -173,13 +172,9 @@ class CopyKeys:
         is_quoted = False
         while position < len(line):
             byte = line[position : position + 1]
-            if (
-                is_quoted
-                and byte == escape
-                and line[position + 1 : position + 2] in (quote, escape)
-                and line[position + 1 : position + 2]
-            ):
-                pieces.append(line[position + 1 : position + 2])
+            follows = line[position + 1 : position + 2]
+            if is_quoted and byte == escape and follows in (quote, escape):
+                pieces.append(follows)
                 position += 2
                 continue
             if byte == quote:

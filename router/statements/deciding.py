@@ -28,7 +28,6 @@ from shardmove.domain.keys import KeyType
 from shardmove.domain.routes import Route
 
 _NO_FACTS = Facts()
-_ANYWHERE = Decision(Action.FREE)
 
 
 def decide(planned: Planned, arguments: Arguments | None, view: View, facts: Facts = _NO_FACTS) -> Decision:

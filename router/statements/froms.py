@@ -294,6 +294,3 @@ class From:
         if rows.outputs is not None:
             outputs = [Output(names[n] if n < len(names) else o.name, o.node) for n, o in enumerate(rows.outputs)]
         self.scope.refs.append(Ref(name, columns_of(outputs), outputs))
-
-
-# What holds of trees

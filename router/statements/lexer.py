@@ -34,7 +34,7 @@ _STRINGS: Final = (
     rf"|(?:{_NO_WORD}(?:[uU]&|[bBxXnN]))?{_STRING}(?:{_GOES_ON}{_STRING})*"
     rf"|{_NO_WORD}\$(?P<tag>(?:[{_LETTER}][{_LETTER}0-9]*)?)\$.*?\$(?P=tag)\$"
 )
-_IDENTIFIER: Final = r'(?:(?<![A-Za-z_\u0080-\U0010ffff0-9$])[uU]&)?"(?:[^"]|"")+"'
+_IDENTIFIER: Final = rf'(?:{_NO_WORD}[uU]&)?"(?:[^"]|"")+"'
 
 # What has to be taken out, or stepped over as a whole, to see the shape of a text. All of it begins with one of a few
 # characters: the search for those is what makes it fast, and what follows looks back at which one it was.
@@ -107,6 +107,11 @@ def folded(text: str) -> str:
     else:
         name = text.lower() if text.isascii() else "".join(c.lower() if c.isascii() else c for c in text)
     return name if len(name) < 16 else _shortened(name)
+
+
+def quoted(name: str) -> str:
+    """The identifier that means the name."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _shortened(name: str) -> str:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from router.statements.statement import Statement
 from router.statements.tables import Split
+from shardmove.domain.moves import TableName
 
 
-def named_tables(statement: Statement) -> list[Split]:
-    """Tables of keyspaces whose names stand anywhere in the statement."""
-    found: dict[object, Split] = {}
+class Named(NamedTuple):
+    """Tables of keyspaces whose names stand anywhere in a statement, and the keyspaces of the split ones."""
+
+    tables: tuple[TableName, ...]
+    keyspaces: tuple[str, ...]
+
+
+def named_in(statement: Statement) -> Named:
+    found: dict[TableName, Split] = {}
     for position, token in enumerate(statement.tokens):
         if token.kind not in ("word", "identifier"):
             continue
@@ -18,4 +27,5 @@ def named_tables(statement: Statement) -> list[Split]:
         split = statement.tables.find(schema, token.name) or statement.tables.find(None, token.name)
         if split is not None:
             found[split.table] = split
-    return list(found.values())
+    keyspaces = dict.fromkeys(split.keyspace.name for split in found.values() if split.column is not None)
+    return Named(tuple(found), tuple(keyspaces))

@@ -65,15 +65,10 @@ def _column(ordered: exp.Expr, first: exp.Expr, statement: Statement, *, is_unit
         by = by.this
     outputs: Sequence[exp.Expr] = first.expressions if isinstance(first, exp.Select) else []
     stars = [number for number, one in enumerate(outputs) if isinstance(one, exp.Star) or one.is_star]
-    position = _position(by, first, outputs, statement, is_united=is_united, may_be_expression=not is_united)
+    position = _position(by, first, outputs, statement, may_be_expression=not is_united)
     name = ""
     if position is None or (stars and position > stars[0]):
-        if (
-            is_c
-            or isinstance(by, exp.Literal)
-            or not (stars and _is_only_table(first))
-            or not isinstance(by, exp.Column)
-        ) and not (is_c and stars and _is_only_table(first) and isinstance(by, exp.Column)):
+        if not (stars and _is_only_table(first) and isinstance(by, exp.Column)):
             return None
         name, position = name_of(by.this), None
     is_descending = bool(ordered.args.get("desc"))
@@ -87,7 +82,6 @@ def _position(
     outputs: Sequence[exp.Expr],
     statement: Statement,
     *,
-    is_united: bool,
     may_be_expression: bool,
 ) -> int | None:
     if isinstance(by, exp.Literal):

@@ -18,7 +18,7 @@ from router.statements.contexts import Closure
 from router.statements.functions import HARMLESS, UNEQUAL, UNEQUAL_WORDS
 from router.statements.levels import level_obstacle
 from router.statements.lexer import Token
-from router.statements.naming import named_tables
+from router.statements.naming import named_in
 from router.statements.ordering import merge_plan
 from router.statements.parsing import Unplannable, parsed
 from router.statements.placing import places_of
@@ -84,12 +84,10 @@ def _text_or_term(statement: Statement, token: Token) -> tuple[str | None, Term 
 
 def _unplanned(statement: Statement, error: Unplannable) -> Part:
     """A statement that names no table of a keyspace goes home unread; others have to be understood."""
-    named = named_tables(statement)
-    if not named and error.sqlstate != "54001":
+    tables, keyspaces = named_in(statement)
+    if not tables and error.sqlstate != "54001":
         return Part(Action.HOME, is_write=True, is_opaque=True)
     refusal = Refusal(error.sqlstate, error.message, error.hint or _NAME_IT)
-    keyspaces = tuple(dict.fromkeys(split.keyspace.name for split in named if split.column is not None))
-    tables = tuple(split.table for split in named)
     return Part(Action.REFUSED, is_write=True, keyspaces=keyspaces, tables=tables, refusal=refusal, is_opaque=True)
 
 
@@ -100,7 +98,7 @@ class Walk(Writing):
         root = self.tree.root
         rows: Rows | None = None
         if isinstance(root, (exp.Insert, exp.Update, exp.Delete, exp.Merge)):
-            self.write(root, Scope(), None)
+            self.write(root, Scope())
         else:
             rows = self.query(root, Scope(), None, is_top=True, is_result=True)
         for query in self.queries:

@@ -45,7 +45,7 @@ REFERENCES_MAX: Final = 300
 class Reading(Conditions):
     """Queries: what they read, what their columns are, and what a plain union of several shards' answers needs."""
 
-    def write(self, node: exp.Expr, scope: Scope, context: Context | None) -> Rows:
+    def write(self, node: exp.Expr, scope: Scope) -> Rows:
         raise NotImplementedError
 
     def query(
@@ -314,7 +314,7 @@ class Reading(Conditions):
             if with_.args.get("recursive") and names_query(cte.this, name):
                 query.rows = self.recursive(cte.this, name, query.columns, scope)
             elif isinstance(cte.this, (exp.Insert, exp.Update, exp.Delete, exp.Merge)):
-                query.rows = self.write(cte.this, scope, None)
+                query.rows = self.write(cte.this, scope)
             else:
                 query.scope = snapshot(scope)
             scope.queries[name] = query

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from router.statements.actions import NOT_SUPPORTED, CopyOut, Part, Place, Planned, Refusal
-from router.statements.lexer import Token, text_of, tokens
+from router.statements.lexer import Token, quoted, text_of, tokens
 from router.statements.values import Unreadable
 from shardmove.domain import hashing
 from shardmove.domain.keys import Key, KeyRange, KeyType, key_text
@@ -53,7 +53,7 @@ def _copied(text: str, found: Sequence[Token], copy: CopyOut, ranges: Mapping[st
     rest = end
     if copy.columns is not None:
         rest = next(token.end for token in found[place.end :] if token.text == ")")
-    columns = "*" if copy.columns is None else ", ".join('"' + c.replace('"', '""') + '"' for c in copy.columns)
+    columns = "*" if copy.columns is None else ", ".join(map(quoted, copy.columns))
     predicate = _predicate(place, ranges.get(place.keyspace, ()))
     return f"{text[:start]}(SELECT {columns} FROM {text[start:end]} WHERE {predicate}){text[rest:]}"
 
@@ -75,7 +75,7 @@ def _places(part: Part) -> Sequence[Place]:
 
 
 def _predicate(place: Place, ranges: Sequence[KeyRange]) -> str:
-    column = '"' + place.column.replace('"', '""') + '"'
+    column = quoted(place.column)
     if place.scheme is Scheme.HASH:
         subject, type_ = hashing.SQL[place.key_type].format(column), KeyType.BIGINT
     else:

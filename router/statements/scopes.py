@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sqlglot import exp
 
 from router.statements.contexts import Context, Node
-from router.statements.lexer import folded
+from router.statements.lexer import folded, quoted
 from router.statements.tables import Split
 
 
@@ -108,7 +108,7 @@ def name_of(identifier: exp.Expr) -> str:
     if not isinstance(identifier, exp.Identifier):
         return identifier.name
     name = str(identifier.this)
-    return folded('"' + name.replace('"', '""') + '"') if identifier.args.get("quoted") else folded(name)
+    return folded(quoted(name)) if identifier.args.get("quoted") else folded(name)
 
 
 def _is_of(ref: Ref, schema: exp.Expr) -> bool:

@@ -43,9 +43,7 @@ class Statement:
 
     def after(self, position: int) -> Statement:
         """The statement that begins at this token of it, as EXPLAIN and PREPARE have one in them."""
-        first = self.first + position
-        last = self.first + len(self.tokens)
-        return Within(self, first, last)
+        return self.slice(position, len(self.tokens))
 
     def slice(self, begin: int, end: int) -> Statement:
         return Within(self, self.first + begin, self.first + end)

@@ -65,7 +65,3 @@ class Tables:
         if len(there) == 1:
             return there[0]
         return self._known.get(TableName("public", name))
-
-    def is_known(self, name: str) -> bool:
-        """Whether some table of a keyspace has this name, in whatever schema."""
-        return name in self._by_name

@@ -8,7 +8,8 @@ from typing import Final, TypeAlias
 
 from router.statements.actions import NOT_SUPPORTED, SYNTAX_ERROR, Action, Origin, Part, Refusal, Term
 from router.statements.copies import copy_part
-from router.statements.naming import named_tables
+from router.statements.lexer import quoted
+from router.statements.naming import named_in
 from router.statements.statement import Statement
 from router.statements.values import OID_OF
 
@@ -175,7 +176,7 @@ def _set_value(s: Statement, position: int, name: str, *, is_local: bool) -> Par
     is_default = len(s.tokens) == position + 1 and s.word(position) in ("DEFAULT", "LOCAL") and name != "shardmove.key"
     if name in _LISTS_OF_NAMES and len(values) > 1:
         values = [
-            one if one == "," or (one.replace("_", "a").isalnum() and one.islower()) else _quoted(one) for one in values
+            one if one == "," or (one.replace("_", "a").isalnum() and one.islower()) else quoted(one) for one in values
         ]
     value = None if is_default else "".join(", " if one == "," else one for one in values)
     if name.startswith("shardmove."):
@@ -191,10 +192,6 @@ _LISTS_OF_NAMES: Final = frozenset(
     {"search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"}
 )
 """Settings whose value is a list of names: those that need quotes have them in the value."""
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _hint_setting(name: str, value: str | None, *, is_local: bool) -> Part:
@@ -362,14 +359,9 @@ def _explain(s: Statement, part_of: PartOf) -> Part:
         end = _closing(s, 1)
         for begin, stop in _listed(s, 2, end):
             if s.word(begin) in ("ANALYZE", "ANALYSE"):
-                is_analyzed = stop == begin + 1 or s.token(begin + 1).text.strip("'").lower() in (
-                    "on",
-                    "true",
-                    "1",
-                    "yes",
-                )
-                if s.token(begin + 1).kind in ("number", "string"):
-                    is_analyzed = s.literal(s.token(begin + 1)).text.lower() in ("on", "true", "1", "yes")
+                value = s.token(begin + 1)
+                text = s.literal(value).text if value.literal >= 0 else value.text
+                is_analyzed = stop == begin + 1 or text.lower() in ("on", "true", "1", "yes")
         position = end + 1
     else:
         while s.word(position) in ("ANALYZE", "ANALYSE", "VERBOSE"):
@@ -407,8 +399,7 @@ def _notify(s: Statement) -> Part:
 
 
 def _lock(s: Statement) -> Part:
-    named = named_tables(s)
-    if not named:
+    if not named_in(s).tables:
         return Part(Action.HOME, locks_rows=True, is_write=True)
     return _refused_with(
         s,
@@ -431,25 +422,23 @@ _PARTIAL: Final = "it would hold the rows of one shard only"
 
 def _ddl(s: Statement) -> Part:
     """Goes to every shard, with these exceptions: what lives in a session, or is made of a query's rows."""
-    named = named_tables(s)
-    tables = tuple(split.table for split in named)
-    keyspaces = tuple(dict.fromkeys(split.keyspace.name for split in named if split.column is not None))
-    words = [token.word for token in s.tokens[:6]]
+    tables, keyspaces = named_in(s)
+    words = tuple(token.word for token in s.tokens[:3])
     names = [token.name for token in s.tokens[:8] if token.kind in ("word", "identifier")]
-    if "pg_temp" in names or (words[:1] == ["CREATE"] and ("TEMP" in words or "TEMPORARY" in words)):
+    if "pg_temp" in names or _is_temporary(s):
         return (
             _refused_with(s, "a temporary table of a split table's rows", _PARTIAL)
             if keyspaces
             else Part(Action.HOME, is_write=True, is_opaque=True)
         )
-    is_table = words[:2] == ["CREATE", "TABLE"] or words[:3] == ["CREATE", "UNLOGGED", "TABLE"]
+    is_table = words[:2] == ("CREATE", "TABLE") or words == ("CREATE", "UNLOGGED", "TABLE")
     if is_table and _has_query(s):
         return (
             _refused_with(s, "CREATE TABLE AS of a split table's rows", _PARTIAL)
             if keyspaces
             else Part(Action.HOME, is_write=True, is_opaque=True)
         )
-    if words[:3] == ["CREATE", "MATERIALIZED", "VIEW"] and keyspaces:
+    if words == ("CREATE", "MATERIALIZED", "VIEW") and keyspaces:
         return _refused_with(s, "a materialized view of a split table", _PARTIAL)
     return Part(
         Action.DDL,
@@ -458,6 +447,13 @@ def _ddl(s: Statement) -> Part:
         tables=tables,
         keyspaces=keyspaces,
     )
+
+
+def _is_temporary(s: Statement) -> bool:
+    """CREATE [OR REPLACE] [GLOBAL | LOCAL] TEMP …: behind these words it is a name, a column's for one."""
+    position = 3 if s.words(1, 2) == ("OR", "REPLACE") else 1
+    position += s.word(position) in ("GLOBAL", "LOCAL")
+    return s.word(0) == "CREATE" and s.word(position) in ("TEMP", "TEMPORARY")
 
 
 def _has_query(s: Statement) -> bool:
@@ -491,13 +487,13 @@ def _refuse(message: str, hint: str) -> Part:
 
 
 def _refused_with(s: Statement, message: str, hint: str) -> Part:
-    named = named_tables(s)
+    tables, keyspaces = named_in(s)
     return replace(
         _refuse(message, hint),
         is_write=True,
         locks_rows=s.word(0) == "LOCK",
-        tables=tuple(split.table for split in named),
-        keyspaces=tuple(dict.fromkeys(split.keyspace.name for split in named if split.column is not None)),
+        tables=tables,
+        keyspaces=keyspaces,
     )
 
 

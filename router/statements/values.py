@@ -56,8 +56,9 @@ _FAMILY: Final[Mapping[KeyType, frozenset[str]]] = {
     KeyType.TIMESTAMPTZ: frozenset({"timestamptz"}),
 }
 """The types that a value of the key's type may be cast to without becoming another."""
+_FAMILY_OR_TEXT: Final = {key_type: family | {"text", "varchar"} for key_type, family in _FAMILY.items()}
+"""Of a string, which stays as it is on its way through these."""
 
-_LIMITS: Final = {"smallint": 15, "integer": 31, "bigint": 63}
 _SPACE: Final = " \t\n\r\v\f"
 _INTEGER: Final = re.compile(r"[+-]?[0-9]+")
 _NUMERIC: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
@@ -95,10 +96,10 @@ def _of_number(text: str, term: Term, key_type: KeyType, is_assigned: bool) -> S
         raise unreadable(f"a number where the key is of type {key_type}")
     if not _NUMERIC.fullmatch(text):
         raise unreadable(f"versions of PostgreSQL read {text} differently")
-    return _integer("-" + text if term.is_negative else text, term, key_type, is_assigned, is_number=True)
+    return _integer("-" + text if term.is_negative else text, term, key_type, is_assigned)
 
 
-def _integer(text: str, term: Term, key_type: KeyType, is_assigned: bool, *, is_number: bool) -> Sequence[Key]:
+def _integer(text: str, term: Term, key_type: KeyType, is_assigned: bool) -> Sequence[Key]:
     """Of the text of a number. A comparison with a number that is not whole finds nothing; assigned, it is rounded."""
     if _INTEGER.fullmatch(text):
         value = int(text) if len(text) < 400 else 10**400
@@ -109,7 +110,11 @@ def _integer(text: str, term: Term, key_type: KeyType, is_assigned: bool, *, is_
                 raise unreadable(f"{text} would be rounded")
             return ()
         value = whole
-    _check_casts(term, key_type, value)
+    _check_casts(term, _FAMILY[key_type])
+    return _in_range(value, key_type)
+
+
+def _in_range(value: int, key_type: KeyType) -> Sequence[Key]:
     bits = _BITS[key_type]
     return (value,) if -(1 << bits) <= value < 1 << bits else ()
 
@@ -131,17 +136,15 @@ def _whole(text: str) -> int | None:
     return None if rest else sign * quotient
 
 
-def _check_casts(term: Term, key_type: KeyType, value: int) -> None:
+def _check_casts(term: Term, harmless: frozenset[str]) -> None:
     for cast in term.casts:
-        if cast not in _FAMILY[key_type]:
+        if cast not in harmless:
             raise unreadable(f"the cast to {cast}")
 
 
 def _of_text(text: str, term: Term, key_type: KeyType, facts: Facts) -> Sequence[Key]:
     """Of a string, which PostgreSQL reads as the first type it is cast to, or as the key's own."""
-    for cast in term.casts:
-        if cast not in _FAMILY[key_type] and cast not in ("text", "varchar"):
-            raise unreadable(f"the cast to {cast}")
+    _check_casts(term, _FAMILY_OR_TEXT[key_type])
     return _READ[key_type](text, key_type, term, facts)
 
 
@@ -149,11 +152,9 @@ def _read_integer(text: str, key_type: KeyType, term: Term, facts: Facts) -> Seq
     """As int8in does up to PostgreSQL 15; what only later versions read (0x1F, 1_000) is an error or a number there."""
     bare = text.strip(_SPACE)
     if _INTEGER.fullmatch(bare):
-        value = int(bare) if len(bare) < 400 else 10**400
-        bits = _BITS[key_type]
-        return (value,) if -(1 << bits) <= value < 1 << bits else ()
+        return _in_range(int(bare) if len(bare) < 400 else 10**400, key_type)
     if "numeric" in term.casts and _NUMERIC.fullmatch(bare):
-        return _integer(bare, term, key_type, True, is_number=False)
+        return _integer(bare, term, key_type, True)
     raise Unreadable(
         Refusal(
             "22P02",
@@ -291,9 +292,7 @@ def _of_parameter(
 
 
 def _fast_integer(value: int, key_type: KeyType, term: Term) -> Sequence[Key]:
-    for cast in term.casts:
-        if cast not in _FAMILY[key_type] and cast not in ("text", "varchar"):
-            raise unreadable(f"the cast to {cast}")
+    _check_casts(term, _FAMILY_OR_TEXT[key_type])
     return (value,) if key_type is not KeyType.SMALLINT or value < 32768 else ()
 
 
@@ -336,7 +335,7 @@ def _of_typed_text(
         bare = text.strip(_SPACE)
         if not _NUMERIC.fullmatch(bare):
             raise unreadable(f"{text!r} as a number")
-        return _integer(bare, term, key_type, is_assigned, is_number=True)
+        return _integer(bare, term, key_type, is_assigned)
     return _of_text(text, term, key_type, facts)
 
 
@@ -360,18 +359,10 @@ def _require_same_everywhere(text: str, key_type: KeyType) -> None:
 
 _SHORT, _LONG, _LONG_LONG = Struct("!h").unpack, Struct("!i").unpack, Struct("!q").unpack
 _INTEGER_UNPACK: Final[Mapping[int, Callable[[bytes], tuple[Any, ...]]]] = {2: _SHORT, 4: _LONG, 8: _LONG_LONG}
-_OWN_OID: Final = {
-    KeyType.SMALLINT: 21, KeyType.INTEGER: 23, KeyType.BIGINT: 20, KeyType.TEXT: 25, KeyType.UUID: 2950,
-    KeyType.DATE: 1082, KeyType.TIMESTAMPTZ: 1184,
-}  # fmt: skip
-_CAST_OID: Final = {
-    "smallint": 21, "integer": 23, "bigint": 20, "numeric": 1700, "text": 25, "varchar": 1043, "uuid": 2950,
-    "date": 1082, "timestamptz": 1184,
-}  # fmt: skip
 
 
 def _of_parameter_bytes(data: bytes, oid: int, term: Term, key_type: KeyType, facts: Facts) -> Sequence[Key]:
-    elements = list(_binary_elements(data)) if term.is_array else [(oid or _implied_oid(term, key_type), data)]
+    elements = _binary_elements(data) if term.is_array else [(oid or _implied_oid(term, key_type), data)]
     keys: list[Key] = []
     for element_oid, element in elements:
         keys.extend(_of_bytes(element, element_oid, term, key_type, facts))
@@ -381,7 +372,7 @@ def _of_parameter_bytes(data: bytes, oid: int, term: Term, key_type: KeyType, fa
 def _implied_oid(term: Term, key_type: KeyType) -> int:
     if term.is_shared:
         raise unreadable("its parameter stands in other places, which may give it another type", "declare its type")
-    return _CAST_OID.get(term.casts[0], -1) if term.casts else _OWN_OID[key_type]
+    return OID_OF.get(term.casts[0], -1) if term.casts else OID_OF[key_type]
 
 
 def _of_bytes(data: bytes, oid: int, term: Term, key_type: KeyType, facts: Facts) -> Sequence[Key]:
@@ -392,11 +383,8 @@ def _of_bytes(data: bytes, oid: int, term: Term, key_type: KeyType, facts: Facts
         if len(data) != _INTEGER_OIDS[oid]:
             raise Unreadable(Refusal("22P03", f"a {name} of {len(data)} bytes"))
         value: int = _INTEGER_UNPACK[len(data)](data)[0]
-        for cast in term.casts:
-            if cast not in _FAMILY[key_type]:
-                raise unreadable(f"the cast to {cast}")
-        bits = _BITS[key_type]
-        return (value,) if -(1 << bits) <= value < 1 << bits else ()
+        _check_casts(term, _FAMILY[key_type])
+        return _in_range(value, key_type)
     if name in ("text", "varchar"):
         text = data.decode("utf-8", "surrogateescape")
         _require_decodable(text, facts)

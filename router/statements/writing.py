@@ -24,7 +24,7 @@ KEEP_KEY: Final = "insert the row under its new key, and delete the old one"
 class Writing(Reading):
     """INSERT, UPDATE, DELETE and MERGE: rows that are met, and keys that rows are given."""
 
-    def write(self, node: exp.Expr, scope: Scope, context: Context | None) -> Rows:
+    def write(self, node: exp.Expr, scope: Scope) -> Rows:
         inner = Scope(scope)
         self.with_queries(node, inner)
         match node:
@@ -55,7 +55,7 @@ class Writing(Reading):
         scope.refs.append(ref)
         return ref
 
-    def _returning(self, node: exp.Expr, ref: Ref, scope: Scope, context: Context) -> Rows:
+    def _returning(self, node: exp.Expr, scope: Scope, context: Context) -> Rows:
         returning = node.args.get("returning")
         if returning is None:
             return Rows([], facts=context)
@@ -78,7 +78,7 @@ class Writing(Reading):
         context = Context()
         columns: dict[str, Node] = {}
         if split is not None and split.column is not None:
-            node_ = self._inserted(node, split, names, source, scope, context)
+            node_ = self._inserted(split, names, source, scope, context)
             columns = {split.column: node_}
         else:
             self._insert_source(source, scope)
@@ -86,7 +86,7 @@ class Writing(Reading):
         inner = Scope(scope)
         ref = Ref(alias or name_of(table.this), columns, None, split, alias is not None)
         inner.refs.append(ref)
-        rows = self._returning(node, ref, inner, context)
+        rows = self._returning(node, inner, context)
         conflict = node.args.get("conflict")
         if conflict is not None:
             self._conflict(conflict, split, ref, inner, context)
@@ -104,9 +104,7 @@ class Writing(Reading):
         self.note_inside(rows)
         return rows
 
-    def _inserted(
-        self, node: exp.Insert, split: Split, names: list[str] | None, source: Any, scope: Scope, context: Context
-    ) -> Node:
+    def _inserted(self, split: Split, names: list[str] | None, source: Any, scope: Scope, context: Context) -> Node:
         """The key of the rows that are inserted."""
         position = self._key_position(split, names)
         result = self.node()
@@ -200,7 +198,7 @@ class Writing(Reading):
             from_.walk_items([source.this])
         self._where(node, scope, where)
         self._assignments(node.expressions, split, scope, from_.group, kept=set(ref.columns.values()))
-        return self._returning(node, ref, scope, from_.group)
+        return self._returning(node, scope, from_.group)
 
     def _delete(self, node: exp.Delete, scope: Scope) -> Rows:
         table, split = self._target(node.this)
@@ -208,11 +206,11 @@ class Writing(Reading):
             raise Unplannable("the router cannot read the statement")
         where = Context()
         from_ = From(self, scope, where)
-        ref = self._written_ref(table, split, scope, from_.group)
+        self._written_ref(table, split, scope, from_.group)
         from_.comma()
         from_.walk_items(node.args.get("using") or [])
         self._where(node, scope, where)
-        return self._returning(node, ref, scope, from_.group)
+        return self._returning(node, scope, from_.group)
 
     def _where(self, node: exp.Expr, scope: Scope, where: Context) -> None:
         condition = node.args.get("where")
@@ -233,7 +231,7 @@ class Writing(Reading):
         joined.imported.append(from_.group)
         for when in node.args["whens"].expressions:
             self._when(when, split, ref, scope, joined, from_.group)
-        return self._returning(node, ref, scope, Context())
+        return self._returning(node, scope, Context())
 
     def _when(
         self, when: exp.Expr, split: Split | None, ref: Ref, scope: Scope, joined: Context, source: Context

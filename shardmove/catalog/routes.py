@@ -32,6 +32,10 @@ class RouteTables(Events):
         """What tells this catalog from every other one, on the shards."""
         return str(self._value("SELECT id FROM shardmove_catalog.cluster"))
 
+    def epoch(self) -> int:
+        """The number of the newest epoch."""
+        return int(self._value("SELECT epoch FROM shardmove_catalog.cluster"))
+
     def routes(self) -> RouteTable:
         """The newest epoch, all keyspaces, as of one instant. Epoch 0 is a new catalog's and has no keyspaces."""
         rows = self._rows(
@@ -87,7 +91,7 @@ class RouteTables(Events):
         """Until the file has the newest epoch: who did not get its turn while we were at it leaves its own to us."""
         exported = -1
         try:
-            while exported < self._value("SELECT epoch FROM shardmove_catalog.cluster"):
+            while exported < self.epoch():
                 table = self.routes()
                 export_routes(table, path, cluster_id=self.cluster_id())
                 exported = table.epoch

@@ -232,9 +232,11 @@ BEGIN
     END IF;
     UPDATE shardmove_catalog.traffic
     SET number = number + 1, phase = 2, read_share = 0, sample_rate = 0, since = clock_timestamp(), compared = 0,
-        differing = 0, passes = 0, failures = 0, reads_ended_epoch = NULL, reads_ended_at = NULL
+        differing = 0, passes = 0, failures = 0
     WHERE move_id = NEW.id;
-    IF before.read_share > 0 AND NEW.state = 'verifying' THEN
+    IF NEW.state <> 'verifying' THEN
+        UPDATE shardmove_catalog.traffic SET reads_ended_epoch = NULL, reads_ended_at = NULL WHERE move_id = NEW.id;
+    ELSIF before.read_share > 0 THEN
         UPDATE shardmove_catalog.traffic SET reads_ended_epoch = newest, reads_ended_at = clock_timestamp()
         WHERE move_id = NEW.id;
     END IF;

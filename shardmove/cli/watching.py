@@ -42,7 +42,7 @@ def status(
 def _statuses(config: Config, catalog: Catalog, any_id: str | None) -> documents.Document:
     moves = catalog.moves(unfinished_only=True) if any_id is None else catalog.resolve(any_id)
     shown = [figures(config, catalog, move) for move in moves]
-    return documents.statuses(shown, catalog.routers(), catalog.routes().epoch)
+    return documents.statuses(shown, catalog.routers(), catalog.epoch())
 
 
 def _watch(desk: Desk, config: Config, catalog: Catalog, any_id: str | None) -> None:

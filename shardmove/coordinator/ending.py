@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from shardmove.coordinator import creating, preflight
 from shardmove.coordinator.cutover import cut_over
 from shardmove.coordinator.hold import Hold
+from shardmove.coordinator.phases import DUAL_WRITE, TARGET_READ
 from shardmove.coordinator.steps import Step, StepRunner, perform, pretend
 from shardmove.domain import points
 from shardmove.domain.errors import Refused
@@ -35,7 +36,7 @@ def complete(hold: Hold, *, dry_run: bool = False) -> None:
     Safe to repeat; a repeat goes on where it stopped.
 
     Raises:
-        Refused: the move is not switched.
+        Refused: the move is not switched; or a router that is alive may still read from the source.
         ServerChanged: the catalog is another server, and may have forgotten that the range went back.
         Failed: a table could not be locked, a shard does not answer: the move stays `cleaning`; run it again.
     """
@@ -76,8 +77,8 @@ def _grace(hold: Hold) -> None:
         switched_for_s = (datetime.now(UTC) - hold.move.state_since).total_seconds()
         hold.stop.wait(max(0.0, hold.config.limits.keep_source_s - switched_for_s))
         hold.check()
-    hold.await_routers(f"erasing the range on {hold.move.source}")
-    hold.await_silent_routers()
+    epoch = hold.await_routers(f"erasing the range on {hold.move.source}")
+    hold.await_silent_routers(epoch)
 
 
 def _last_catch_up(hold: Hold) -> None:
@@ -110,7 +111,8 @@ def roll_back(hold: Hold, *, dry_run: bool = False) -> None:
     touched. Safe to repeat; a repeat goes on where it stopped.
 
     Raises:
-        Refused: the move is completed or being completed; or the revert was refused.
+        Refused: the move is completed or being completed; the revert was refused; or a router that is alive may still
+            read from the target: then the move stays `rolling_back`, or `ready` where it was in phase 4.
         ServerChanged: the catalog is another server, and may have forgotten that the target owns the range.
         Failed: a table could not be locked, a shard does not answer: the move stays `rolling_back`; run it again.
     """
@@ -131,11 +133,9 @@ def roll_back(hold: Hold, *, dry_run: bool = False) -> None:
 def _retreat(hold: Hold) -> list[Step]:
     source, target, ranges = hold.move.source, hold.move.target, hold.move.ranges_text
     return [
+        *_ends_reads(hold),
         Step("the move is given up", lambda: _enter(hold, State.ROLLING_BACK)),
-        Step(
-            f"wait until no router reads from {target}",
-            lambda: hold.await_routers(f"erasing the range on {target}"),
-        ),
+        Step(f"wait until no router reads from {target}", lambda: _await_routers(hold)),
         Step(f"end mirroring into {target}", lambda: _retire_target(hold)),
         Step(f"triggers off: remove our objects from {source}", lambda: remove(hold, source)),
         Step(f"erase what was copied of {ranges} on {target}: reverse deletes", lambda: _reverse_deletes(hold)),
@@ -144,6 +144,22 @@ def _retreat(hold: Hold) -> list[Step]:
         Step(f"remove our objects from {target}", lambda: remove(hold, target)),
         Step("the move is rolled back", lambda: _roll_back_ends(hold)),
     ]
+
+
+def _ends_reads(hold: Hold) -> list[Step]:
+    """Out of phase 4: commits are mirrored first until every router has heard that nobody reads the target."""
+    target = hold.move.target
+
+    def end() -> None:
+        hold.catalog.set_phase(hold.move.id, TARGET_READ, DUAL_WRITE, lease_number=hold.lease.number)
+        hold.await_routers(f"ending the reads on {target}")
+
+    is_read = hold.move.state is State.READY and hold.catalog.traffic(hold.move.id).phase == TARGET_READ
+    return [Step(f"nobody reads from {target} any more", end)] if is_read else []
+
+
+def _await_routers(hold: Hold) -> None:
+    hold.await_routers(f"erasing the range on {hold.move.target}")
 
 
 def _retire_target(hold: Hold) -> None:

@@ -134,12 +134,12 @@ class Hold:
         self.refresh()
         self.progress.state(after)
 
-    def await_routers(self, what: str) -> None:
-        """Waits until every router that is alive goes by the newest epoch, as published before this call.
+    def await_routers(self, what: str) -> int:
+        """Waits until every router that is alive goes by the newest epoch, as published before this call; returns it.
 
         Raises Refused where one does not, naming it, with `what` waits for it. Without routers there is no waiting.
         """
-        epoch = self.catalog.routes().epoch
+        epoch = self.catalog.epoch()
         self.catalog.listen_for_acknowledgements()
         late = self.catalog.await_acknowledgements(epoch, ROUTERS_PATIENCE_S, check=self.check)
         if late:
@@ -148,14 +148,15 @@ class Hold:
                 f" {', '.join(map(str, late))}",
                 hint="look at their logs, or stop them: one that is silent is not waited for",
             )
+        return epoch
 
-    def await_silent_routers(self) -> None:
-        """Waits until nobody goes by an older epoch than the newest one, by no route table that it kept.
+    def await_silent_routers(self, epoch: int) -> None:
+        """Waits until nobody goes by an older epoch, by no route table that it kept. Those that are alive do not.
 
         A router without the catalog goes on for `[router] stale_after_s` where it knows of no move: longer than it
         counts among the living. So does one that died, for all that anybody knows.
         """
-        epoch, bound_s = self.catalog.routes().epoch, 1.25 * self.config.router.stale_s
+        bound_s = 1.25 * self.config.router.stale_s
         while any(r.acknowledged < epoch and r.silent_s < bound_s for r in self.catalog.routers()):
             self.check()
             self.stop.wait(SILENT_LOOK_S)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import MappingProxyType
 
 from shardmove.catalog.routers import Traffic
@@ -51,8 +52,9 @@ def change_phase(
     """Brings the move to the phase. Safe to repeat; also to change a share or a sample.
 
     Raises:
-        Refused: the state does not allow it; a gate is not met (unless it is forced); a router does not follow. The
-            phase is what it was, or, where the way back failed as well, 4 with nobody reading from the target.
+        Refused: the state does not allow it; a gate is not met (unless it is forced); a router does not follow, or
+            puts it back to 3 on the way. The phase is what it was, or 3, or, where the way back failed as well, 4 with
+            nobody reading from the target.
         ConfigurationError: see `check_words`.
         whatever `cut_over` raises, where the owner changes.
     """
@@ -121,13 +123,17 @@ def _set(
 
 
 def _read_target(hold: Hold, present: Traffic, share: float, detail: dict[str, object]) -> None:
-    """The two steps into phase 4; where the first one fails, the phase is as it was."""
+    """The two steps into phase 4; where the first one fails, the phase is as it was.
+
+    It keeps the sample of phase 3, for when a router puts it back there.
+    """
+    sample = present.sample_rate
     if present.phase == TARGET_READ and (present.read_share > 0 or share == 0):
-        _set(hold, present, TARGET_READ, share=share, detail=detail)
+        _set(hold, present, TARGET_READ, share=share, sample=sample, detail=detail)
         return
     hold.progress.step("every router mirrors a commit before it acknowledges it")
     if present.phase != TARGET_READ:
-        _set(hold, present, TARGET_READ, detail=detail)
+        _set(hold, present, TARGET_READ, sample=sample, detail=detail)
     points.reach("phase.before_readers")
     with _undone(hold, present):
         hold.await_routers(f"reading from {hold.move.target}")
@@ -135,7 +141,9 @@ def _read_target(hold: Hold, present: Traffic, share: float, detail: dict[str, o
         carry_all(hold)
     if share > 0:
         hold.progress.step(f"{share:.0%} of the sessions read from {hold.move.target}")
-        _set(hold, hold.catalog.traffic(hold.move.id), TARGET_READ, share=share, detail=detail)
+        # From 4 only: where a router put it back to 3 meanwhile, commits are not mirrored first any more.
+        entered = replace(present, phase=TARGET_READ, read_share=0.0)
+        _set(hold, entered, TARGET_READ, share=share, sample=sample, detail=detail)
 
 
 @contextmanager

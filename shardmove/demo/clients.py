@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 import psycopg
 from psycopg import IsolationLevel
 
-from router.client import OutcomeUnknown, ShardClient
+from router.client import OutcomeUnknown, ShardClient, is_fenced
 from shardmove.demo.shop import pinned
 from shardmove.domain.errors import Unreachable
 
@@ -24,7 +24,6 @@ T = TypeVar("T")
 Connection: TypeAlias = psycopg.Connection[Any]
 Work: TypeAlias = Callable[[Connection], T]
 
-FENCE_PREFIX: Final = "shardmove:"
 SERIALIZATION_FAILURE: Final = "40001"
 DEADLOCK: Final = "40P01"
 BACKOFF_MAX_S: Final = 0.016
@@ -148,7 +147,7 @@ class RouterClient:
     def _note(self, error: Exception) -> bool:
         """Whether the same again may come through."""
         sqlstate = error.sqlstate if isinstance(error, psycopg.Error) else None
-        if sqlstate == SERIALIZATION_FAILURE and is_fenced(error):
+        if is_fenced(error):
             self.last.fenced += 1
             if self.last.disturbed_at is None:
                 self.last.disturbed_at = time.monotonic()
@@ -230,8 +229,3 @@ class DirectClient:
 
     def close(self) -> None:
         self._client.close()
-
-
-def is_fenced(error: Exception) -> bool:
-    """Whether a fence, or a router that held for too long, raised it."""
-    return isinstance(error, psycopg.Error) and (error.diag.message_primary or "").startswith(FENCE_PREFIX)

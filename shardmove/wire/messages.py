@@ -227,10 +227,6 @@ def negotiate_protocol_version(newest_minor: int, unknown_options: Iterable[str]
     return message(b"v", _UINT32.pack(version_code(newest_minor)) + _UINT32.pack(len(options)) + b"".join(options))
 
 
-def authentication_ok() -> bytes:
-    return AUTHENTICATION_OK
-
-
 def authentication_md5(salt: bytes) -> bytes:
     return _authentication(5, salt)
 

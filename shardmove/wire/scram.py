@@ -37,7 +37,7 @@ SALT_BYTES: Final = 16
 KEY_BYTES: Final = 32
 MESSAGE_BYTES_MAX: Final = 4096  # of a client's message: PostgreSQL's own bound is of the same size
 
-_VERIFIER: Final = re.compile(r"SCRAM-SHA-256\$([1-9][0-9]{0,9}):([^$:]+)\$([^$:]+):([^$:]+)")
+_VERIFIER: Final = re.compile(r"SCRAM-SHA-256\$([1-9][0-9]{0,8}):([^$:]+)\$([^$:]+):([^$:]+)")
 _CLIENT_FIRST: Final = re.compile(
     rb"(?P<header>(?P<binding>[ny]|p=[A-Za-z0-9.-]+),(?P<authzid>a=[^,\0]*)?,)(?P<bare>.+)"
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from shardmove.config import RouterSettings
 from shardmove.wire import messages
 from shardmove.wire.messages import Column, Frames
 from shardmove.wire.scram import ScramClient, Verifier
+from tests.support.engine import until
 
 T = TypeVar("T")
 PASSWORD = "correct horse"
@@ -109,10 +109,7 @@ class House:
 
 
 def eventually(is_so: Callable[[], object], what: str = "") -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not is_so():
-        assert time.monotonic() < deadline, what or "it did not come about in time"
-        time.sleep(0.01)
+    until(is_so, what or "it did not come about in time", timeout_s=DEADLINE_S)
 
 
 @contextmanager

@@ -122,9 +122,14 @@ def engine(databases: Databases) -> Callable[..., Engine]:
     return lambda **arguments: make_engine(databases("s1", "s2"), **arguments)
 
 
-def until(condition: Callable[[], bool], *, timeout_s: float = 30) -> None:
-    """Waits for something that happens in another process. Raises AssertionError where it does not."""
+def until(
+    condition: Callable[[], object],
+    otherwise: str | Callable[[], object] = "it did not happen",
+    *,
+    timeout_s: float = 30,
+) -> None:
+    """Waits for something that happens in another process. Raises AssertionError, and says why, where it does not."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, otherwise() if callable(otherwise) else otherwise
         time.sleep(0.01)

@@ -12,6 +12,7 @@ import psycopg
 
 from router.epochs import Epochs, View
 from shardmove.config import Config
+from tests.support import engine
 from tests.support.world import World
 
 PATIENCE_S = 30.0
@@ -71,7 +72,4 @@ def register(world: World, name: str, *, acknowledged: int = 0, silent_s: float 
 
 def until(condition: Callable[[], bool], what: str) -> None:
     """Returns once it holds; fails after a while."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {PATIENCE_S:g} s: {what}"
-        time.sleep(0.005)
+    engine.until(condition, f"not within {PATIENCE_S:g} s: {what}", timeout_s=PATIENCE_S)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Self
 
 from shardmove.wire import messages as wire
@@ -55,7 +54,7 @@ class RawClient:
     # --- towards the server
 
     def query(self, text: str) -> None:
-        self.socket.sendall(query(text))
+        self.socket.sendall(wire.query(text))
 
     def send(self, *frames: bytes) -> None:
         self.socket.sendall(b"".join(frames))
@@ -122,11 +121,6 @@ class RawClient:
             left -= len(more)
 
 
-def query(text: str) -> bytes:
-    body = text.encode() + b"\0"
-    return b"Q" + struct.pack(">i", 4 + len(body)) + body
-
-
 def sqlstates(messages: list[Message]) -> list[str]:
     """The codes of the errors among them."""
     return [
@@ -147,6 +141,21 @@ _NUMBERED = re.compile(r"\b(process|relation|database|PID|prepared statement) (\
 def told(found: Iterable[Message]) -> list[str]:
     """What a client is told, in words, without what two servers that say the same differ in."""
     return [_TELL.get(kind, _plain)(kind.decode(), body) for kind, _, body in found]
+
+
+def values(said: Sequence[str]) -> list[str]:
+    """Of what was told: the first columns of the rows."""
+    return [bytes.fromhex(each[2:])[6:].decode() for each in said if each.startswith("D ")]
+
+
+def codes(said: Sequence[str]) -> list[str]:
+    """The SQLSTATEs of the errors."""
+    return [word[2:] for each in said if each[0] == "E" for word in each.split() if word.startswith("C=")]
+
+
+def status(said: Sequence[str]) -> str:
+    """Of the transaction: I, T or E."""
+    return said[-1][3]
 
 
 def _plain(kind: str, body: bytes) -> str:

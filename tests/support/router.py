@@ -192,6 +192,11 @@ class Routers:
             self._started.append(router)
         return router.start()
 
+    def check(self) -> None:
+        """None of them has met an error of its own."""
+        for router in self._started:
+            assert "Traceback" not in router.said, router.said
+
     def __enter__(self) -> Self:
         return self
 
@@ -200,12 +205,29 @@ class Routers:
             router.kill()
 
 
+def cancelled(connection: psycopg.Connection, cancel: Callable[[], object]) -> BaseException:
+    """How a long statement ends; `cancel` is called as often as it needs: the first one may come before it runs."""
+    ended: list[BaseException] = []
+
+    def sleep() -> None:
+        try:
+            connection.execute("SELECT pg_sleep(60)")
+        except psycopg.Error as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    while thread.is_alive():
+        cancel()
+        thread.join(0.05)
+    return ended[0]
+
+
 @pytest.fixture
 def routers(tmp_path: Path) -> Iterator[Routers]:
     with Routers(tmp_path) as started:
         yield started
-        for router in started._started:
-            assert "Traceback" not in router.said, router.said
+        started.check()
 
 
 def section(settings: dict[str, Any]) -> str:
