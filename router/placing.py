@@ -97,8 +97,7 @@ def at_once(session: Session, unit: Unit, need: Need) -> Server | None:
             return None
     elif server.applied != session.variables.wanted or server.is_closed:
         return None
-    server.holder = session.replies
-    session.server = server
+    session.attach(server)
     if replay:  # a plain BEGIN cannot fail where the statement behind it could succeed: no need to wait for it
         server.run(replay[0])
     return server
@@ -160,8 +159,7 @@ async def _take_at(session: Session, shard: str) -> None:
             began = time.monotonic()
             server = await router.pool(shard, session.login).acquire()
             router.stats.wait_seconds.observe(time.monotonic() - began)
-        server.holder = session.replies
-        session.server = server
+        session.attach(server)
         try:
             await prepare(session, server)
         except Spoilt:

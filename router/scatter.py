@@ -163,7 +163,6 @@ class _Part:
         self._changed = changed
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._is_paused = False
         self._is_bound = False
         self._parameters = b""
         self.done: asyncio.Future[list[bytes]]
@@ -183,7 +182,7 @@ class _Part:
         """Nobody wants its rows any more."""
         self.is_dropped = True
         self.rows.clear()
-        self._read(True)
+        self.server.set_reading(True)
         if not self.is_running and not self.done.done():
             self.server.send(messages.bind(b"", _IMPOSSIBLE) + messages.SYNC)  # instead of the Execute: it fails
 
@@ -202,23 +201,15 @@ class _Part:
     def take(self) -> deque[bytes]:
         rows, self.rows = self.rows, deque()
         self._bytes = 0
-        self._read(True)
+        self.server.set_reading(True)
         return rows
 
     def pop(self) -> bytes:
         row = self.rows.popleft()
         self._bytes -= len(row)
         if self._bytes * 2 < self._bytes_max:
-            self._read(True)
+            self.server.set_reading(True)
         return row
-
-    def _read(self, is_reading: bool) -> None:
-        if self._is_paused is is_reading and not self.server.is_closed:
-            self._is_paused = not is_reading
-            if is_reading:
-                self.server.transport.resume_reading()
-            else:
-                self.server.transport.pause_reading()
 
     def _on_frame(self, kind: int, frame: bytes) -> None:
         if kind == _ROW:
@@ -243,7 +234,7 @@ class _Part:
         self.rows.append(frame)
         self._bytes += len(frame)
         if self._bytes > self._bytes_max:
-            self._read(False)
+            self.server.set_reading(False)
         self._changed.set()
 
     def _on_done(self, done: asyncio.Future[list[bytes]]) -> None:

@@ -141,6 +141,7 @@ class Server(asyncio.Protocol):
         self.on_idle_loss: Callable[[Server], None] | None = None
         self.transport: asyncio.Transport
         self.replies = Replies()
+        self._is_reading = True
         self._sinks: deque[Sink] = deque()
         self._parts: list[bytes] = []
         self._parts_bytes = 0
@@ -149,6 +150,15 @@ class Server(asyncio.Protocol):
         self._error = b""
         self.farewell = b""
         self._naming: deque[tuple[bytes, object] | None] = deque()
+
+    def set_reading(self, is_reading: bool) -> None:
+        """Whether what the shard says is taken: whoever has the connection may be unable to pass it on. Repeatable."""
+        if self._is_reading != is_reading and not self.is_closed:
+            self._is_reading = is_reading
+            if is_reading:
+                self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
 
     # --- what is sent
 

@@ -320,6 +320,7 @@ class Router:
     def take_back(self, server: Server, *, is_shared: bool) -> None:
         """A client has done with a connection. One that it kept, or left something in, forgets all of that first."""
         server.holder = None
+        server.set_reading(True)
         is_shared = is_shared and not server.holds_state
         if server.cancels:  # a cancel that is on its way must not hit whoever comes next
             server.when_cancelled = lambda: self.take_back(server, is_shared=is_shared)

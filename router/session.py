@@ -170,12 +170,12 @@ class Session(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.writable.clear()
         if self.server is not None:
-            self.server.transport.pause_reading()
+            self.server.set_reading(False)
 
     def resume_writing(self) -> None:
         self.writable.set()
         if self.server is not None:
-            self.server.transport.resume_reading()
+            self.server.set_reading(True)
 
     def data_received(self, data: bytes) -> None:
         if self.is_closing:
@@ -310,10 +310,19 @@ class Session(asyncio.Protocol):
 
     # --- the connection that it runs on
 
+    def attach(self, server: Server) -> None:
+        """What it says is for the client, as fast as that reads."""
+        server.holder = self.replies
+        server.set_reading(self.writable.is_set())
+        self.server = server
+
     def detach(self) -> None:
         """It is free: kept for this client, where it keeps its connections or this one, else for whoever comes next."""
         server, self.server = self.server, None
-        if server is None or self.servers.get(server.shard) is server:
+        if server is None:
+            return
+        server.set_reading(True)  # the client may be slow still: that is nothing to whoever is next
+        if self.servers.get(server.shard) is server:
             return
         if self.keeps_servers:
             self.servers[server.shard] = server

@@ -141,6 +141,19 @@ def test_clients_that_do_not_read_cost_no_memory_and_stop_nobody(routed: Routed)
     assert router.memory_bytes() - before < (GROWTH_MB + SLOW * PER_CLIENT_MB) * MB
 
 
+@pytest.mark.parametrize("pooling", ["session", "transaction"])
+def test_a_connection_is_heard_again_after_a_client_that_was_slow(routed: Routed, pooling: str) -> None:
+    """Results of every length, so that one ends just where the router has stopped to take more: the next one comes."""
+    router = routed.router(pooling=pooling, servers_max=1)
+    with RawClient(router.port, dbname=routed.dbname, receive_bytes=65_536) as slow:
+        for kilobytes in range(64, 6_000, 64):
+            slow.query(f"SELECT repeat('x', 1000) FROM generate_series(1, {kilobytes})")
+            await_true(lambda: waiting_for_a_reader(routed) or not active(routed), "the server is at it still")
+            assert len(slow.until_ready()) == kilobytes + 3
+            slow.query("SELECT 1")
+            assert len(slow.until_ready()) == 4
+
+
 def waiting_for_a_reader(routed: Routed) -> int:
     return sum(event == "ClientWrite" for _, event in servers_of(routed, "s1"))
 

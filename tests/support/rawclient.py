@@ -31,8 +31,13 @@ class RawClient:
         dbname: str = "shop",
         bound_s: float = 60.0,
         parameters: Iterable[tuple[str, str]] = (),
+        receive_bytes: int | None = None,
     ) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=bound_s)
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.socket.settimeout(bound_s)
+        if receive_bytes is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self.socket.connect(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._buffer = b""
         self.pid, self.secret = 0, b""
