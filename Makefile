@@ -52,7 +52,7 @@ model: $(READY) ## the protocol's model, every order of its steps: needs the pac
 
 fault: $(READY) ## every control point × every victim, RUNS=3 times or for MINUTES, JOBS=2 at once; then the tests in which something dies
 	$(BIN)/python -m tests.campaign --runs $(RUNS) --jobs $(JOBS) $(if $(MINUTES),--minutes $(MINUTES)) --write docs/reliability.md
-	$(PYTEST) -m fault
+	SHARDMOVE_KILLS=50 $(PYTEST) -m fault
 
 machine: $(READY) ## random lives of moves for MINUTES=30; a kept one once more: SCRIPT=file
 	$(BIN)/python -m tests.machine $(or $(SCRIPT),--minutes $(or $(MINUTES),30))

@@ -6,6 +6,7 @@ until all kills are spent; then a last, undisturbed run must end right, with not
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Move, State
 from tests.support.world import World
 
-KILLS = 50
+KILLS = int(os.environ.get("SHARDMOVE_KILLS", "15"))
 MOVED = KeyRange(20, None)
 RUN_BOUND_S = 120.0
 LIFE_S = 4.0
