@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from router.service import Known
     from router.session import Session
 
-_LIVES_IN_CONNECTION = re.compile(rb"pg_(try_)?advisory_lock|\b(pg_)?temp(orary)?\b|\bwith\s+hold\b", re.IGNORECASE)
+_LIVES_IN_CONNECTION = re.compile(
+    rb"pg_(try_)?advisory_lock|\bpg_temp(_\d+)?\b|\bwith\s+hold\b"
+    rb"|\b(create|global|local|replace|into)(\s|/\*.*?\*/|--[^\n]*\n)+temp(orary)?\b",  # elsewhere it is a name
+    re.IGNORECASE | re.DOTALL,
+)
 """What a session keeps in its connection to the server, whatever the transaction does."""
 _PIN = (Change("pin"),)
 UNDEFINED_PARAMETER = "42P02"

@@ -43,7 +43,7 @@ class CopyIn:
         self.is_open = False
         self._session = session
         self._unit = unit
-        self._keys = CopyKeys(self.spec)
+        self._keys = CopyKeys(self.spec, row_bytes_max=session.limits.message_bytes_max)
         self._first: Key | None = None
         self._shard: str | None = None
         self._early: list[bytes] = []

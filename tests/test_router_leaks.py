@@ -193,6 +193,23 @@ def test_a_lost_connection_that_held_something_ends_its_client(
         assert values(other.ask(Q("SELECT 'goes on'"))) == ["goes on"]
 
 
+@pytest.mark.parametrize(
+    "create",
+    [
+        "CREATE TEMP TABLE mine (a int)",
+        "CREATE /* the */ LOCAL -- one\n TEMPORARY TABLE mine (a int)",
+        "SELECT 1 AS a INTO TEMP mine",
+        "CREATE TABLE pg_temp.mine (a int)",
+        "CREATE OR REPLACE TEMP VIEW mine AS SELECT 1 AS a",
+    ],
+)
+def test_a_temporary_table_is_there_in_the_next_transaction(two: tuple[RawClient, RawClient], create: str) -> None:
+    one, other = two
+    assert codes(other.ask(Q("SELECT 1 AS temp"))) == []  # a name: the only connection is free for the next client
+    assert codes(one.ask(Q(create))) == []
+    assert codes(one.ask(Q("SELECT count(*) FROM mine"))) == []
+
+
 def test_functions_that_leave_nothing_cost_nothing() -> None:
     plans = Plans(Tables({}))
     free = "SELECT now(), nextval('s'), pg_sleep(0), format_type(1, 2), lower('a')"

@@ -17,9 +17,6 @@ from router.statements.actions import Arguments, CopySpec, Facts, Origin, Refusa
 from router.statements.values import Unreadable, keys_of, unreadable
 from shardmove.domain.keys import Key
 
-ROW_BYTES_MAX: Final = 1 << 30
-"""A row that is longer is none that PostgreSQL takes."""
-
 SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
 _HEAD: Final = Struct("!ii")
 _COUNT: Final = Struct("!h")
@@ -33,21 +30,19 @@ class CopyKeys:
     """Fed with CopyData in whatever pieces it came; gives rows whole, with their keys.
 
     A key of None is NULL, or no key that its type could hold: the row may go to any shard, whose server refuses it.
-    `preamble` is what has to be sent to each shard before its first row (a header line, the binary head), `trailer`
-    what has to be sent after its last; both are what the client sent.
+    Header, binary head and the marker of the end are no rows. `row_bytes_max` bounds the memory: a row has to be whole.
     """
 
-    def __init__(self, spec: CopySpec, facts: Facts = _NOTHING) -> None:
+    def __init__(self, spec: CopySpec, facts: Facts = _NOTHING, *, row_bytes_max: int = 1 << 30) -> None:
         self._spec = spec
         self._facts = facts
         self._column = spec.column
-        self._rest = b""
+        self._rest = bytearray()  # what is behind its rows is cheap to keep: only its head is moved
         self._scanned = 0
         self._is_quoted = False
-        self._has_preamble = spec.has_header or spec.format == "binary"
+        self._row_bytes_max = row_bytes_max
+        self._is_before_rows = spec.has_header or spec.format == "binary"
         self._is_over = False
-        self.preamble = b""
-        self.trailer = b""
         self._delimiter = spec.delimiter.encode()
         self._quote = spec.quote.encode()
         self._escape = spec.escape.encode()
@@ -56,9 +51,9 @@ class CopyKeys:
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, Key | None]]:
         """The rows that are whole now. Raises Unreadable for a row whose key cannot be told."""
+        if len(self._rest) > self._row_bytes_max:
+            raise unreadable("a row of COPY is too long", "raise [router] message_bytes_max")
         self._rest += data
-        if len(self._rest) > ROW_BYTES_MAX:
-            raise unreadable("a row of COPY is too long")
         return self._binary_rows() if self._spec.format == "binary" else self._lines(is_last=False)
 
     def finish(self) -> Iterator[tuple[bytes, Key | None]]:
@@ -79,18 +74,20 @@ class CopyKeys:
                 if not is_last:
                     break
                 end = len(self._rest)
-            row = self._rest[position:end]
+            row = bytes(self._rest[position:end])
             position, self._scanned, self._is_quoted = end, 0, False
             if self._is_over:
-                self.trailer += row
-            elif self._has_preamble:
-                self.preamble, self._has_preamble = row, False
+                if self._spec.format == "csv":  # PostgreSQL 18 takes the marker for a row, and reads on
+                    raise unreadable("rows of COPY behind an end-of-data marker")
+            elif self._is_before_rows:
+                self._is_before_rows = False
             elif row.rstrip(b"\r\n") == b"\\.":
-                self.trailer, self._is_over = row, True
+                self._is_over = True
             else:
-                self._rest, position = self._rest[position:], 0
+                del self._rest[:position]
+                position = 0
                 yield row, self._key_of_line(row)
-        self._rest = self._rest[position:]
+        del self._rest[:position]
 
     def _line_end(self, start: int) -> int:
         """After the newline that ends a text row: one behind a backslash is data, and a lone \\r ends no row here."""
@@ -124,8 +121,7 @@ class CopyKeys:
                 self._is_quoted = not self._is_quoted
             elif byte == b"\n" and not self._is_quoted:
                 return position + 1
-            following = _next_of(rest, position + 1, (quote, b"\n", escape) if escape else (quote, b"\n"))
-            position = len(rest) if following < 0 else following
+            position = _nearest(rest, position + 1, (quote, escape) if escape else (quote,))
         self._scanned = position - start
         return -1
 
@@ -190,7 +186,10 @@ class CopyKeys:
 
     def _binary_rows(self) -> Iterator[tuple[bytes, Key | None]]:
         while True:
-            if self._has_preamble:
+            if self._is_over:
+                self._rest.clear()
+                return
+            if self._is_before_rows:
                 if not self._take_head():
                     return
                 continue
@@ -198,11 +197,10 @@ class CopyKeys:
             if found is None:
                 return
             row, value = found
-            self._rest = self._rest[len(row) :]
+            del self._rest[: len(row)]
             if len(row) == 2:
-                self.trailer, self._is_over = row + self._rest, True
-                self._rest = b""
-                return
+                self._is_over = True
+                continue
             yield row, None if value is None else self._key(value, is_binary=True)
 
     def _take_head(self) -> bool:
@@ -214,8 +212,8 @@ class CopyKeys:
             raise Unreadable(Refusal("22P04", "COPY file signature not recognized"))
         if len(self._rest) < length + extension:
             return False
-        self.preamble, self._rest = self._rest[: length + extension], self._rest[length + extension :]
-        self._has_preamble = False
+        del self._rest[: length + extension]
+        self._is_before_rows = False
         return True
 
     def _binary_row(self) -> tuple[bytes, bytes | None] | None:
@@ -224,7 +222,7 @@ class CopyKeys:
             return None
         (count,) = _COUNT.unpack_from(rest)
         if count == -1:
-            return rest[:2], None
+            return bytes(rest[:2]), None
         if count < 0:
             raise Unreadable(Refusal("22P04", "a row of COPY with a negative number of fields"))
         position, value = 2, None
@@ -238,9 +236,9 @@ class CopyKeys:
             if length > 0 and len(rest) < position + length:
                 return None
             if number == self._column and length >= 0:
-                value = rest[position : position + length]
+                value = bytes(rest[position : position + length])
             position += max(length, 0)
-        return rest[:position], value
+        return bytes(rest[:position]), value
 
     def _key(self, value: bytes, *, is_binary: bool) -> Key | None:
         if not is_binary and not self._facts.is_utf8 and not value.isascii():
@@ -253,9 +251,14 @@ class CopyKeys:
 _THE_VALUE: Final = Term(Origin.PARAMETER)
 
 
-def _next_of(data: bytes, start: int, wanted: tuple[bytes, ...]) -> int:
-    found = [position for one in wanted if (position := data.find(one, start)) >= 0]
-    return min(found, default=-1)
+def _nearest(data: bytearray, start: int, wanted: tuple[bytes, ...]) -> int:
+    """Where the next line's end or one of these is; the end of the data where none is. Looks no further than that."""
+    end = data.find(b"\n", start)
+    end = len(data) if end < 0 else end
+    for each in wanted:
+        found = data.find(each, start, end)
+        end = end if found < 0 else found
+    return end
 
 
 def _split_escaped(line: bytes, delimiter: bytes) -> list[bytes]:
