@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from router.opening import NoServer
 from router.server import Server, ServerError
-from router.units import Kind, Need, Refusal, Unit
+from router.units import ANYWHERE, Kind, Need, Refusal, Unit
 from router.variables import IDENTITY
 from shardmove.domain.errors import ShardmoveError
 from shardmove.wire import messages
@@ -45,6 +45,10 @@ class Refused(Exception):
 
 class Spoilt(Exception):
     """What another client set on the connection cannot be undone by this one: nobody can have it any more."""
+
+
+class Over(Exception):
+    """The unit failed where it was, and the client knows: what is left of it is dropped, up to its Sync."""
 
 
 class Failed(Exception):
@@ -114,6 +118,9 @@ async def attach(session: Session, unit: Unit) -> None:
     began = time.monotonic()
     while True:
         router = session.router
+        if session.server is not None and unit.failed:
+            unit.need = ANYWHERE  # it stays, and is dropped
+            return
         need = unit.need = session.asked_again(unit)
         if need.refusal is not None:
             raise Refused(need.refusal)
@@ -217,13 +224,19 @@ def _steps(applied: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> tuple[l
 
 
 async def leave(session: Session, unit: Unit) -> None:
-    """The transaction has had no effect where it is: it ends there, to begin again elsewhere."""
+    """The transaction has had no effect where it is: it ends there, to begin again elsewhere. Raises Over."""
     server = session.server
     assert server is not None
     if session.firm:  # never: what it wrote would be gone, and nobody would be told
         raise Refused(Refusal("XX000", "the router would have lost a part of the transaction"))
     if unit.is_begun:  # messages about statements were answered; the implicit transaction ends, unseen by the client
-        await server.exchange(messages.SYNC, [Owed.SYNC])
+        try:
+            await server.exchange(messages.SYNC, [Owed.SYNC])
+        except ServerError as error:  # of a message that was put into the unit, for the client's own
+            session.tell(error.frame)
+            unit.failed = True
+        if unit.failed:
+            raise Over
         unit.is_begun = False
         unit.sent, unit.sent_bytes = None if unit.is_once else [], 0
     if server.status != IDLE:

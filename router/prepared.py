@@ -22,7 +22,7 @@ GONE = Item(Owed.PARSE, messages.parse(b"shardmove: gone", b"SELECT"), is_hidden
 """Prepared to be deallocated: DEALLOCATE of a name that the client has, and the connection has not, must succeed."""
 STATEMENTS_MAX = 500
 """On a connection that clients share. They cost the server memory, and who prepared them may be long gone."""
-_ENDING = frozenset({Action.COMMIT, Action.ROLLBACK, Action.SAVEPOINT})
+_ENDING = frozenset({Action.COMMIT, Action.ROLLBACK, Action.SAVEPOINT, Action.EMPTY})
 
 
 class Prepared:
@@ -92,6 +92,13 @@ class Prepared:
         server.close_statement(statement.name)
         out.append(frame)
         return b""
+
+    def forget(self, server: Server, item: Item, out: list[bytes]) -> None:
+        """Before a Bind or Describe of a name that the client has not: it may have closed it on another connection."""
+        body = item.frame[5:]
+        name = messages.decode_bind(body).statement if item.owed is Owed.BIND else messages.decode_describe(body)[1]
+        if name in server.statements:
+            _drop(server, name, out)
 
     def _make_room(self, server: Server, name: bytes, out: list[bytes]) -> None:
         """Closes the statement that was used least recently, unseen by the client, where there are too many."""

@@ -132,7 +132,7 @@ def _on_parse(session: Session, frame: bytes) -> None:
     name, text, oids = messages.decode_parse(frame[5:])
     unit, statements = session.open_unit(), session.prepared.statements
     before = statements.get(name)
-    if before is not None and name and _fails_there(session, before, text):
+    if before is not None and name and _fails_there(session, unit, before, text):
         unit.parsed.append((name, before))
         unit.waiting.append(Item(Owed.PARSE, frame))
         return
@@ -150,13 +150,13 @@ def _on_parse(session: Session, frame: bytes) -> None:
     unit.waiting.append(Item(Owed.PARSE, frame, statement))
 
 
-def _fails_there(session: Session, known: Statement, text: bytes) -> bool:
+def _fails_there(session: Session, unit: Unit, known: Statement, text: bytes) -> bool:
     """The server refuses a Parse of this known name by itself: for the name, or for something before that."""
     if session.server is None:
         return False
     if session.keeps_servers:
         return session.server.statements.get(known.name) is known
-    return session.status == FAILED and not may_end(session.router.plan(text))
+    return session.status == FAILED and not unit.has_ended and not may_end(session.router.plan(text))
 
 
 def _deallocates(session: Session, statement: Statement) -> bool:

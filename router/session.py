@@ -282,6 +282,8 @@ class Session(asyncio.Protocol):
                 if at_once := self.prepared.send(server, item, out, is_failed=self.status == FAILED):
                     self.replies.on_replies(server, at_once)
                 continue
+            if owed is Owed.BIND or owed is Owed.DESCRIBE_STATEMENT:
+                self.prepared.forget(server, item, out)
             if owed is not None:
                 sent(owed | HIDDEN if item.is_hidden else owed)
                 if owed is Owed.QUERY:
@@ -355,6 +357,8 @@ class Session(asyncio.Protocol):
             if self.is_closing:
                 return
             self._refuse_late(Refusal("57014", "canceling statement due to user request"))
+        except placing.Over:
+            self._skip_rest()
         except placing.Refused as error:
             self._refuse_late(error.refusal)
         except NoServer as error:
@@ -368,6 +372,20 @@ class Session(asyncio.Protocol):
         except Exception:  # ours: this client pays for it, no other
             log.exception("a session failed", client=self.address)
             self.fatal("XX000", "the router met an error of its own, and ends this connection")
+
+    def _skip_rest(self) -> None:
+        """Of a unit that has failed on its server, which has ended it: only its ReadyForQuery is still to be told."""
+        self.task = None
+        unit, server = self.unit, self.server
+        assert unit is not None
+        assert server is not None
+        is_complete = unit.is_complete
+        self.replies.let_go()
+        finishing.finish(self, unit, server.status)
+        if is_complete:
+            self.tell(READY[self.status])
+        self.is_skipping = not is_complete
+        self.resume()
 
     def _refuse_late(self, refusal: Refusal | bytes) -> None:
         self.task = None

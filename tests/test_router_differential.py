@@ -400,6 +400,10 @@ BIG: Final = 10_000
 ONLY_IN_STEPS: Final = {"copy in, extended, failed and sync"}
 """A Sync that a client sends before it can know that its row failed the COPY."""
 
+RESETS: Final = {"a query in copy in", "a parse in copy in"}
+"""The server ends the connection with bytes unread: that resets it, and may take its last words away, or may not."""
+TRIES: Final = 10
+
 
 @pytest.mark.parametrize("way", ["steps", "at once", "bytes"])
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -409,7 +413,13 @@ def test_a_client_sees_no_difference(field: Field, name: str, way: str) -> None:
         pytest.skip("too long to send byte by byte")
     if way != "steps" and name in ONLY_IN_STEPS:
         pytest.skip("is another sequence, if nobody waits")
-    compare(field, name, script, way)
+    for left in range(TRIES if name in RESETS else 1, 0, -1):
+        try:
+            compare(field, name, script, way)
+            return
+        except AssertionError:
+            if left == 1:
+                raise
 
 
 # --- random sequences

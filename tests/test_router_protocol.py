@@ -122,6 +122,19 @@ def test_a_name_closed_and_given_again_means_the_new_text_on_both_shards(client:
     assert values(client.ask(bound(b"s", HERE), S)) == ["s1!"]
 
 
+@pytest.mark.parametrize("name", [b"", b"s"], ids=["unnamed", "named"])
+def test_a_name_closed_on_one_shard_is_gone_on_the_other_too(client: RawClient, name: bytes) -> None:
+    for tenant in (THERE, HERE):
+        assert codes(client.ask(P(name, READ), bound(name, tenant), wire.close(b"S", name), S)) == []
+    assert codes(client.ask(P(name, READ), bound(name, THERE), S)) == []
+    assert values(client.ask(Q(f"SELECT note FROM items WHERE tenant_id = {HERE}"))) == ["s1"]
+    assert codes(client.ask(wire.close(b"S", name), S)) == []
+    client.ask(Q("BEGIN"))
+    assert values(client.ask(Q(f"SELECT note FROM items WHERE tenant_id = {THERE}"))) == ["s2"]
+    assert codes(client.ask(wire.describe(b"S", name), S)) == ["26000"]
+    client.ask(Q("ROLLBACK"))
+
+
 @pytest.mark.parametrize("in_transaction", [False, True])
 def test_deallocate_forgets_the_name_on_both_shards(client: RawClient, in_transaction: bool) -> None:
     client.ask(P(b"s", READ), S)
@@ -247,6 +260,25 @@ def test_the_savepoint_before_a_refusal_saves_the_transaction(client: RawClient,
     assert status(client.ask(Q("ROLLBACK TO a"))) == "T"
     assert status(client.ask(Q("COMMIT"))) == "I"
     assert routed.execute("s1", "SELECT count(*) FROM items") == [(2,)]
+
+
+@pytest.mark.parametrize("flushes", [False, True], ids=["at once", "after an answer"])
+def test_a_unit_that_has_failed_goes_to_no_other_shard(client: RawClient, routed: Routed, flushes: bool) -> None:
+    """Its first message fails at home, and the first key behind that is the other shard's."""
+    for _ in range(10):
+        before = [wire.describe(b"S", b"nobody's"), P(b"w", WRITE), P(b"w", WRITE)]
+        if flushes:
+            client.send(*before, wire.FLUSH)
+            assert codes(told(client.until(b"E"))) == ["26000"]
+            before = []
+        again = [wire.close(b"S", b"w"), P(b"w", WRITE), bound(b"w", THERE, 2), wire.FLUSH]
+        client.send(*before, *again, P(b"", READ), bound(b"", HERE), S)
+        said = told(client.until(b"Z"))
+        assert [each[0] for each in said] == (["Z"] if flushes else ["E", "Z"])
+        assert codes(said) == ([] if flushes else ["26000"])
+        assert codes(client.ask(bound(b"w", THERE, 2), S)) == ["26000"]
+        assert values(client.ask(P(b"", READ), bound(b"", THERE), S)) == ["s2"]
+    assert routed.execute("s2", "SELECT count(*) FROM items") == [(1,)]
 
 
 def test_an_earlier_error_in_a_pipeline_hides_a_refusal_and_later_refusals_say_their_own(client: RawClient) -> None:

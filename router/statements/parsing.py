@@ -7,6 +7,7 @@ Each literal becomes its own number, so that a literal in the tree says which on
 
 from __future__ import annotations
 
+import logging
 from typing import Final, NamedTuple
 
 import sqlglot
@@ -16,6 +17,7 @@ from sqlglot.errors import SqlglotError
 from router.statements.statement import Statement
 
 PARAMETER_MARK: Final = "\x01"
+logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it warns with the statement: a client's text is for no log
 
 
 class Unplannable(Exception):

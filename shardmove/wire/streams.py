@@ -145,7 +145,7 @@ class Replies:
         if is_last is None:
             if kind == _ERROR:
                 self.dropped = self.dropped_here = 0
-                return first >= HIDDEN if code in _SIMPLE else self._fail()
+                return first >= HIDDEN if code in _SIMPLE else self._fail(first)
             raise ProtocolViolation(f"the server sent {chr(kind)!r} where the reply to {Owed(code).name} was due")
         if is_last:
             self._queue.popleft()
@@ -163,13 +163,15 @@ class Replies:
             turn.append(queue.popleft())
         return b"".join(turn)  # type: ignore[arg-type]
 
-    def _fail(self) -> bool:
-        """Entries up to the next Sync are gone. A hidden unit is sent whole: its Sync says that its error is hidden."""
+    def _fail(self, failed: int) -> bool:
+        """Entries up to the next Sync are gone. The error is hidden where both what failed and its Sync are: a hidden
+        message within a client's unit fails that, and a hidden Sync may end a client's messages.
+        """
         queue = self._queue
         while queue:
             entry = queue[0]
             if isinstance(entry, int) and entry & _CODE == Owed.SYNC:
-                return entry >= HIDDEN
+                return failed >= HIDDEN and entry >= HIDDEN
             if isinstance(entry, bytes):
                 self.dropped += 1
             elif entry & _CODE in _NAMING:
