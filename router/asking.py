@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from router import placing
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _LIVES_IN_CONNECTION = re.compile(
     rb"pg_(try_)?advisory_lock|\bpg_temp(_\d+)?\b|\bwith\s+hold\b"
-    rb"|\b(create|global|local|replace|into)(\s|/\*.*?\*/|--[^\n]*\n)+temp(orary)?\b",  # elsewhere it is a name
+    rb"|\b(create|global|local|replace|into)(?>\s|/\*.*?\*/|--[^\n]*\n)++temp(orary)?\b",  # elsewhere it is a name
     re.IGNORECASE | re.DOTALL,
 )
 """What a session keeps in its connection to the server, whatever the transaction does."""
@@ -28,7 +29,7 @@ UNDEFINED_PARAMETER = "42P02"
 
 def ask(known: Known, planned: Planned, arguments: Arguments | None, session: Session) -> Need:
     """What the statement needs, by these routes. Never raises for what a client sent."""
-    decision = decide(planned, arguments, known, _facts(session))
+    decision = decide(planned, arguments, known, facts(session, planned))
     refusal = decision.refusal
     if refusal is not None:
         if refusal.sqlstate == UNDEFINED_PARAMETER:
@@ -47,14 +48,52 @@ def ask(known: Known, planned: Planned, arguments: Arguments | None, session: Se
     return need._replace(leaves_state=True) if is_opaque else need
 
 
-def _facts(session: Session) -> Facts:
-    """Hints that the transaction has set count at once, and end with it."""
+def facts(session: Session, planned: Planned) -> Facts:
+    """What says how keys are read, as far as it is known where the statement stands."""
     unit = session.unit
-    is_hinted = unit is not None and unit.is_hinted
-    if not is_hinted and not session.is_hinted:
+    has_changes = unit is not None and unit.has_changes
+    if not has_changes and not session.is_hinted and len(planned.plan.parts) == 1:
         return session.variables.facts
     of_unit = [change for need in unit.needs for change in need.changes] if unit is not None else []
-    return session.variables.facts_within([*session.changes, *of_unit])
+    return _settled(_hinted(session, of_unit), session, of_unit, planned.plan.parts)
+
+
+def _hinted(session: Session, of_unit: Sequence[Change]) -> Facts:
+    """Hints that the transaction has set count at once, and end with it."""
+    if session.is_hinted or (session.unit is not None and session.unit.is_hinted):
+        return session.variables.facts_within([*session.changes, *of_unit])
+    return session.variables.facts
+
+
+def _settled(known: Facts, session: Session, of_unit: Sequence[Change], parts: Sequence[Part]) -> Facts:
+    """A server tells of its settings at the unit's end: what changes within the unit is not known until then."""
+    is_script = len(parts) > 1
+    changes = [*of_unit]
+    if any(change.what in _TAKING_BACK for change in of_unit) or (is_script and any(map(_takes_back, parts))):
+        changes += session.changes
+    if any(map(_reads, changes)) or (is_script and any(map(_sets_reading, parts))):
+        return replace(known, time_zone=None, is_utf8=False)
+    if is_script and any(part.is_opaque for part in parts[:-1]):
+        return replace(known, time_zone=None)
+    return known
+
+
+_SETTING = frozenset({"set", "set local", "reset", "discard"})
+_TAKING_BACK = frozenset({"commit", "rollback", "rollback to"})
+_READING = frozenset({"timezone", "client_encoding", "", "all"})
+"""The settings that say how a key is read. No name is for all of them."""
+
+
+def _reads(change: Change) -> bool:
+    return change.what in _SETTING and change.name in _READING
+
+
+def _sets_reading(part: Part) -> bool:
+    return part.action in (Action.SET, Action.RESET, Action.DISCARD) and part.name.lower() in _READING
+
+
+def _takes_back(part: Part) -> bool:
+    return part.action in (Action.COMMIT, Action.ROLLBACK, Action.SAVEPOINT)
 
 
 def _keyed(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
@@ -207,14 +246,20 @@ def _set(known: Known, planned: Planned, decision: Decision, session: Session) -
         return Need(Kind.FREE, replayed=text, changes=_characteristics(part))
     if part.is_query:
         if decision.value is None:
-            return Need(Kind.FREE, replayed=text, leaves_state=True)
+            return Need(Kind.FREE, replayed=text, changes=_told(part), leaves_state=True)
         if (refusal := placing.unsafe(part.name, decision.value)) is not None:
             return Need(Kind.FREE, refusal=refusal)
         text = placing.set_config(part.name, decision.value, is_local=part.is_local)
     if part.is_local and not part.name.startswith("shardmove."):
-        return Need(Kind.FREE, replayed=text)
+        return Need(Kind.FREE, replayed=text, changes=_told(part))
     change = Change("set local" if part.is_local else "set", part.name.lower(), text, decision.value)
     return Need(Kind.FREE, replayed=text, changes=(change,))
+
+
+def _told(part: Part) -> tuple[Change, ...]:
+    """Of a setting that the server tells of, and that is not kept here: only that it changes."""
+    name = part.name.lower()
+    return (Change("set local", name),) if name in _READING else ()
 
 
 _CHARACTERISTICS = "SESSION CHARACTERISTICS"
@@ -257,10 +302,12 @@ def _discard(known: Known, planned: Planned, decision: Decision, session: Sessio
 
 def _prepare(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
     part = _part(decision)
-    if len(known.shards) > 1 and part.inner is not None and part.inner.keyspaces:
+    inner = part.inner
+    if len(known.shards) > 1 and inner is not None and (inner.keyspaces or inner.action is Action.REFERENCE_WRITE):
+        what = "on split tables" if inner.keyspaces else "for every shard"
         return _refused(
             "0A000",
-            "PREPARE of a statement on split tables is not routed",
+            f"PREPARE of a statement {what} is not routed",
             "use your driver's prepared statements: they are routed each time they are executed",
         )
     return Need(Kind.ROUTED, known.home, changes=_PIN, leaves_state=True)

@@ -12,9 +12,10 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-from router import placing, retrying
+from router import asking, placing, retrying
 from router.refusing import error_of
 from router.statements import CopyKeys
+from router.statements.values import Unreadable
 from router.units import ANYWHERE, Kind, Need, Refusal, Unit
 from shardmove.domain.errors import ShardmoveError
 from shardmove.domain.keys import Key
@@ -43,7 +44,9 @@ class CopyIn:
         self.is_open = False
         self._session = session
         self._unit = unit
-        self._keys = CopyKeys(self.spec, row_bytes_max=session.limits.message_bytes_max)
+        assert unit.ask is not None
+        facts = asking.facts(session, unit.ask[0])
+        self._keys = CopyKeys(self.spec, facts, row_bytes_max=session.limits.message_bytes_max)
         self._first: Key | None = None
         self._shard: str | None = None
         self._early: list[bytes] = []
@@ -65,6 +68,9 @@ class CopyIn:
             return
         try:
             self._look(frame)
+        except Unreadable as error:
+            self._fail(error.refusal)
+            return
         except ShardmoveError as error:
             self._fail(Refusal("22P04", error.message, error.hint))
             return

@@ -9,14 +9,15 @@ What has begun goes on to its end, also when the client leaves. A client that ca
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import re
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from router import gathering, placing, two_phase
 from router.gathering import Asked
 from router.opening import NoServer
 from router.server import Server, ServerError, ServerLost
-from router.statements import Action, Planned
+from router.statements import Action, Arguments, Planned
 from router.statements.lexer import text_of, tokens
 from router.units import Need, Refusal, Unit
 from shardmove.wire import messages
@@ -29,7 +30,8 @@ _ROW, _DESCRIPTION, _NO_DATA, _COMPLETE, _BOUND, _PARAMETERS, _EMPTY = b"DTnC2tI
 ANSWER_BYTES_MAX: Final = 16 * 1024 * 1024
 """The rows of an answer wait here until every shard has given the same."""
 _MOMENTS: Final = frozenset({"now", "today", "tomorrow", "yesterday"})
-"""Texts that become another moment on each shard."""
+"""Texts that begin with one of these become another moment on each shard."""
+_FIRST_WORD: Final = re.compile(r"[^a-z]{0,128}([a-z]+)", re.IGNORECASE)
 
 
 async def carry_out(session: Session, unit: Unit, need: Need) -> bool:
@@ -41,10 +43,12 @@ async def carry_out(session: Session, unit: Unit, need: Need) -> bool:
     need = await _settled(session, unit)
     assert need.decision is not None
     assert unit.ask is not None
-    planned = unit.ask[0]
+    planned, arguments = unit.ask
     work = Work(session, asked, need.decision.shards)
-    if all(part.action is Action.REFERENCE_WRITE for part in planned.plan.parts):
-        _refuse_moments(planned)
+    are_writes = [part.action is Action.REFERENCE_WRITE for part in planned.plan.parts]
+    if any(are_writes):
+        _refuse_moments(planned, arguments)
+    if all(are_writes):
         answer = await work.to_its_end(two_phase.write(work))
     else:
         answer = await work.to_its_end(work.run_each())
@@ -63,9 +67,9 @@ async def _settled(session: Session, unit: Unit) -> Need:
         await placing.wait(session, unit, need, unit.began)
 
 
-def _refuse_moments(planned: Planned) -> None:
+def _refuse_moments(planned: Planned, arguments: Arguments | None) -> None:
     """Beside functions, which planning has looked for."""
-    found = {literal.text.lower() for literal in planned.literals if literal.kind == "s"} & _MOMENTS
+    found = {word for text in _texts(planned, arguments) for word in _first_words(text)} & _MOMENTS
     found |= {token.word.lower() for token in tokens(text_of(planned.text)) if token.word == "CURRENT_DATE"}
     if found:
         raise placing.Refused(
@@ -75,6 +79,24 @@ def _refuse_moments(planned: Planned) -> None:
                 "send the value itself",
             )
         )
+
+
+def _texts(planned: Planned, arguments: Arguments | None) -> Iterator[str]:
+    """Every value that may be cast to a time; a text in binary is the same text."""
+    for literal in planned.literals:
+        if literal.kind != "n":
+            yield literal.text if literal.kind == "s" else literal.text.partition("'")[2]
+    for value in arguments.values if arguments is not None else ():
+        if value is not None:
+            yield value.decode("latin-1")
+
+
+def _first_words(text: str) -> Iterator[str]:
+    """A time's words may follow its digits, and an array or range has several times."""
+    bare = text.strip()
+    for piece in bare.split(",") if bare.startswith(("{", "[", "(")) else (bare,):
+        if (found := _FIRST_WORD.match(piece)) is not None:
+            yield found[1].lower()
 
 
 class Answer:
@@ -146,7 +168,7 @@ class Work:
                 if self.session.is_closing or task.cancelled():
                     raise
                 if self.running is not None:
-                    await self.session.router.cancel_at(self.running)
+                    self.session.router.cancel_at(self.running)
 
     async def ask(self, server: Server) -> Answer:
         """The statement, once. Raises ServerError, ServerLost."""

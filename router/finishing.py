@@ -82,8 +82,8 @@ def _is_mixed(session: Session, unit: Unit, changes: list[Change], status: int) 
         return True
     if is_one and status == IDLE:
         return False
-    sets = any(change.what in _SETTINGS for change in (*session.changes, *changes))
-    return sets and any(change.what in _ENDS for change in changes)
+    ends = any(change.what in _ENDS for change in changes)
+    return ends and any(change.what in _SETTINGS for change in (*session.changes, *changes))
 
 
 def _note_replay(session: Session, unit: Unit, status: int) -> None:

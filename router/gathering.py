@@ -148,6 +148,7 @@ async def take(session: Session, shard: str) -> Lent:
     if server is None:
         server = await session.router.pool(shard, session.login).acquire()
     server.holder = session.replies
+    server.set_reading(True)
     try:
         await placing.prepare(session, server)
     except placing.Spoilt as error:
@@ -165,5 +166,6 @@ def give_back(session: Session, lent: Lent) -> None:
     server = lent.server
     if lent.is_kept and not session.is_closing and server.is_clean:
         session.servers[server.shard] = server
+        server.set_reading(session.writable.is_set())
     else:
         session.router.take_back(server, is_shared=not lent.is_kept)

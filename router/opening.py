@@ -186,8 +186,9 @@ async def _log_in(
     return server
 
 
-async def cancel(host: Host, pid: int, secret: bytes, *, timeout_s: float) -> None:
-    """Asks the server to cancel what that connection does. Returns when the server has closed the request's own.
+async def cancel(host: Host, pid: int, secret: bytes, *, timeout_s: float) -> bool:
+    """Asks the server to cancel what that connection does. Returns when the server has closed the request's own: True,
+    or after a while: False, and it may still come.
 
     Never raises for a server that is away: its statement is gone, too. Not by TLS: the request holds no secret that an
     eavesdropper could use for more than a cancel, and libpq of release 16 and older sends it so as well.
@@ -198,5 +199,8 @@ async def cancel(host: Host, pid: int, secret: bytes, *, timeout_s: float) -> No
             transport.write(messages.cancel_request(pid, secret))
             await asyncio.wait([greeter.closed])
             transport.abort()
-    except (OSError, TimeoutError):
-        return
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True

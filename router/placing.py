@@ -33,6 +33,7 @@ UNSAFE_ENCODINGS = frozenset(
 """In these a byte of a longer character may look like a quote or a backslash."""
 OPEN_PATIENCE_S = 1.0
 SPOILT_MAX = 5
+WELCOMES_MAX = 1_000
 
 
 class Refused(Exception):
@@ -167,23 +168,33 @@ async def _take_at(session: Session, shard: str) -> None:
             server = await router.pool(shard, session.login).acquire()
             router.stats.wait_seconds.observe(time.monotonic() - began)
         session.attach(server)
+        held_state = server.holds_state
         try:
             await prepare(session, server)
         except Spoilt:
             session.lose(server)
             router.forget(server)
+            _tell_lost(session, held_state)
             continue
         except ServerError:
             session.lose(server)
             router.take_back(server, is_shared=not session.keeps_servers)
+            _tell_lost(session, held_state)
             raise
         except asyncio.CancelledError:
             if session.server is server:  # else the client has left, and the connection may be another's by now
                 session.lose(server)  # what it was told last is on its way: its state is not known
                 router.forget(server)
+                _tell_lost(session, held_state)
             raise
         return
     raise NoServer(f"the connections to shard {shard} cannot be brought back to their own settings")
+
+
+def _tell_lost(session: Session, held_state: bool) -> None:
+    """A lock, a temporary table, what it listened to: the client would go on without, and not know."""
+    if held_state:
+        session.fatal("08006", "a connection was lost", hint="what the session kept in that connection is gone")
 
 
 async def prepare(session: Session, server: Server) -> None:
@@ -239,8 +250,7 @@ async def leave(session: Session, unit: Unit) -> None:
             raise Over
         unit.is_begun = False
         unit.sent, unit.sent_bytes = None if unit.is_once else [], 0
-    if server.status != IDLE:
-        await server.run(b"ROLLBACK")
+    await _roll_back(session, server)
     session.detach()
 
 
@@ -264,10 +274,23 @@ async def move_on(session: Session, unit: Unit) -> None:
 async def _leave_after_refusal(session: Session) -> None:
     server = session.server
     assert server is not None
-    if server.status != IDLE:
-        await server.run(b"ROLLBACK")
+    await _roll_back(session, server)
     session.firm = False
     session.detach()
+
+
+async def _roll_back(session: Session, server: Server) -> None:
+    if server.status == IDLE:
+        return
+    try:
+        await server.run(b"ROLLBACK")
+    except asyncio.CancelledError:
+        if (
+            session.server is server
+        ):  # whether it is done is not known, and the client's transaction is to fail, not to end
+            session.lose(server)
+            session.router.forget(server)
+        raise
 
 
 async def wait(session: Session, unit: Unit, need: Need, began: float) -> None:
@@ -416,6 +439,8 @@ async def welcome(session: Session) -> dict[bytes, bytes]:
         await _take(session, Need(Kind.FREE))
         server = session.server
         assert server is not None
+        if len(router.welcomes) >= WELCOMES_MAX:
+            router.welcomes.clear()
         known = router.welcomes[kind] = dict(server.parameters)
         session.detach()
     return dict(known)

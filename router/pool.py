@@ -67,7 +67,7 @@ class Pool:
         self._line.append(waiting)
         try:
             async with asyncio.timeout(self._queue_timeout_s):
-                return await waiting
+                server = await waiting
         except (TimeoutError, asyncio.CancelledError) as error:
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
                 self.give_back(waiting.result())  # it came in the instant in which we gave up
@@ -81,6 +81,10 @@ class Pool:
         finally:
             with suppress(ValueError):
                 self._line.remove(waiting)
+        if not server.is_clean:  # lost in the instant in which it was handed over
+            self.discard(server)
+            return await self.acquire()
+        return server
 
     def give_back(self, server: Server) -> None:
         """Takes a connection back: the next in line gets it, or it rests; one whose state is not known is closed."""

@@ -84,6 +84,8 @@ def _poison(session: Session, unit: Unit, error: bytes) -> None:
         unit.is_complete = True
     else:
         ends = [item for item in unit.waiting if item.owed is Owed.SYNC]
+        if unit.is_complete and not ends:
+            ends = [Item(Owed.SYNC, messages.SYNC)]  # the client's own was sent, and answered, before a second try
         before = [item for item in unit.waiting if item.owed is not Owed.SYNC]
         if before and before[-1].owed in (Owed.BIND, Owed.POISON):
             before.pop()  # the refused one

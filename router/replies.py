@@ -51,6 +51,7 @@ class Replies:
         self._has_committed = False
         self._completed_at: int | None = None
         self._is_told = False
+        self._aside: list[bytes] = []  # a notification of another connection, while a large row passes in pieces
 
     # --- rows, and whatever else goes on as it is
 
@@ -58,13 +59,19 @@ class Replies:
         if self.is_before_copy and server.replies.is_empty:
             self.is_before_copy = False
             asyncio.get_running_loop().call_soon(self._resume_failed, self._session.unit)
-        if self.is_muted:
+        if self.is_muted or self._session.is_closing:
+            return
+        if server is not (under_way := self._session.server) and under_way is not None and under_way.is_passing:
+            self._aside.append(data)
             return
         if self.kept is not None:
             self._keep(data)
             return
         self._stats.bytes_out += len(data)
         self._transport.write(data)
+        if self._aside and not server.is_passing:
+            aside, self._aside = self._aside, []
+            self._session.tell(b"".join(aside))
 
     def _keep(self, data: bytes) -> None:
         assert self.kept is not None
@@ -188,7 +195,7 @@ class Replies:
         """The server failed the COPY. A Sync behind the row which failed it was taken for one in copy-in mode."""
         session = self._session
         session.is_copying = False
-        session.is_blocked = unit is not None and unit.is_complete
+        session.is_blocked = session.task is not None or (unit is not None and unit.is_complete)
         if session.is_sync_last and unit is not None:
             session.inbox.put_first(messages.SYNC)
             asyncio.get_running_loop().call_soon(self._resume_failed, unit)
@@ -271,4 +278,5 @@ class Replies:
         session.end(server.farewell)
 
     def on_server_writable(self, is_writable: bool) -> None:
-        self._session.set_reading(is_writable and not self._session.is_blocked)
+        session = self._session
+        session.set_reading(is_writable and not session.is_blocked and session.writable.is_set())

@@ -46,6 +46,7 @@ async def _again(session: Session, unit: Unit) -> bool:
     session.replies.is_muted = False
     session.replies.kept = None
     session.replies.commits = 0
+    session.prepared.described.clear()
     unit.waiting, unit.sent, unit.sent_bytes = unit.sent, [], 0
     unit.is_begun = unit.is_bound = False
     unit.acknowledged = 0
@@ -70,16 +71,26 @@ async def attach_at_target(session: Session, unit: Unit) -> None:
 def watch_target(session: Session, unit: Unit) -> None:
     """It gets some time to answer."""
     session.replies.hold_back()
-    loop = asyncio.get_running_loop()
+    _watch(session, unit)
+
+
+def _watch(session: Session, unit: Unit) -> None:
     patience_s = session.limits.target_patience_s
-    session.watch = loop.call_later(patience_s, give_up_target, session, unit, "it took too long")
+    session.watch = asyncio.get_running_loop().call_later(patience_s, _took_too_long, session, unit)
+
+
+def _took_too_long(session: Session, unit: Unit) -> None:
+    if session.writable.is_set() or session.unit is not unit:
+        give_up_target(session, unit, "it took too long")
+    else:  # it is the client that does not read
+        _watch(session, unit)
 
 
 def give_up_target(session: Session, unit: Unit, reason: str) -> bool:
     """A read at a move's target goes to the source instead, unless some of its answer was told already."""
     if session.unit is not unit or not unit.need.is_at_target or unit.stays_at_source or session.replies.kept is None:
         return False
-    if unit.sent is None or session.task is not None:
+    if unit.sent is None or session.task is not None or session.is_closing:
         return False
     session.router.give_up_target(unit.need, reason)
     unit.stays_at_source = True

@@ -376,12 +376,9 @@ class _Read:
         parts, self._parts = self._parts, []
         for part in parts:
             part.drop()
-        stopping = [_stop(self._session, part) for part in parts]
-        if self._session.is_closing:
-            for each in stopping:
-                self._session.router.in_background(each)
-        else:
-            await asyncio.gather(*stopping)
+        stopping = [self._session.router.in_background(_stop(self._session, part)) for part in parts]
+        if stopping and not self._session.is_closing:
+            await asyncio.wait(stopping)
 
 
 async def _stop(session: Session, part: _Part) -> None:

@@ -119,6 +119,7 @@ class Server(asyncio.Protocol):
         parameters: what the server reported of its settings.
         applied: session settings that were set here, name by name, as the statement that set each.
         statements: what was prepared here, by its name on this connection; on one that is shared, used last comes last.
+        is_spoilt: a cancel may still come, nobody knows when: it is for no other client.
         holds_state: a client has left something here that is not known, or cannot be said again elsewhere.
     """
 
@@ -137,6 +138,7 @@ class Server(asyncio.Protocol):
         self.since = time.monotonic()
         self.is_closed = False
         self.cancels = 0
+        self.is_spoilt = False
         self.when_cancelled: Callable[[], None] | None = None
         self.on_idle_loss: Callable[[Server], None] | None = None
         self.transport: asyncio.Transport
@@ -193,6 +195,11 @@ class Server(asyncio.Protocol):
         """A Close was sent, believed likewise; None for one of a portal."""
         if not self.replies.is_skipping:
             self._naming.append(None if name is None else (name, self.statements.pop(name, None)))
+
+    @property
+    def is_passing(self) -> bool:
+        """The beginning of a large row was told, and its end was not: nothing else may come between."""
+        return self._passing > 0
 
     @property
     def address(self) -> str:
@@ -394,8 +401,8 @@ class Server(asyncio.Protocol):
         if length < 5:
             raise ProtocolViolation(f"a message of {length} bytes")
         if tail[0] in _ROWS and length > PIECE_BYTES and self.replies.first in _IN_BULK:
-            self._forward(tail)
             self._passing = length - len(tail)
+            self._forward(tail)
             return
         if length > ASSEMBLED_BYTES_MAX and self.replies.first < HIDDEN:
             raise ProtocolViolation(f"a message {chr(tail[0])!r} of {length} bytes")

@@ -29,6 +29,7 @@ from router.pool import Pool
 from router.recovering import Outcome, Recovery
 from router.server import Server, ServerError, ServerLost
 from router.statements import Arguments, Planned, Plans, Tables
+from router.statements.plans import TEXT_BYTES_MAX
 from router.units import Need, Statement
 from shardmove.config import Config
 from shardmove.domain.errors import ShardmoveError
@@ -218,7 +219,9 @@ class Router:
         if alias is None:
             if len(self._aliases) > PLANS_MAX:
                 self._aliases.clear()  # the numbers go on: an old name never means another text
-            alias = self._aliases[identity] = b"shardmove_%d" % next(self._alias_numbers)
+            alias = b"shardmove_%d" % next(self._alias_numbers)
+            if len(text) <= TEXT_BYTES_MAX:
+                self._aliases[identity] = alias
         return Statement(name, text, oids, self.plan(text), alias if name else b"")
 
     def tally(self) -> Stats:
@@ -326,7 +329,7 @@ class Router:
             server.when_cancelled = lambda: self.take_back(server, is_shared=is_shared)
             return
         pool = self.pools.get((server.shard, server.user))
-        if pool is None or not server.replies.is_ended or server.is_closed:
+        if pool is None or not server.replies.is_ended or server.is_closed or server.is_spoilt:
             self.forget(server)
         elif is_shared and server.is_clean:
             pool.give_back(server)
@@ -400,9 +403,11 @@ class Router:
         return asyncio.shield(self.in_background(self._cancel(server)))
 
     async def _cancel(self, server: Server) -> None:
+        is_over = False
         try:
-            await cancel(server.host, server.pid, server.secret, timeout_s=self.settings.connect_timeout_s)
+            is_over = await cancel(server.host, server.pid, server.secret, timeout_s=self.settings.connect_timeout_s)
         finally:
+            server.is_spoilt = server.is_spoilt or not is_over
             server.cancels -= 1
             if not server.cancels and (then := server.when_cancelled) is not None:
                 server.when_cancelled = None

@@ -158,6 +158,8 @@ class Session(asyncio.Protocol):
         self.router.remove_session(self)
         if self.task is not None:
             self.task.cancel()
+        if self.watch is not None:
+            self.watch.cancel()
         kept = set(self.servers.values())
         for server in kept | ({self.server} if self.server is not None else set()):
             self.router.take_back(server, is_shared=not self.keeps_servers and server not in kept)
@@ -169,13 +171,19 @@ class Session(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.writable.clear()
-        if self.server is not None:
-            self.server.set_reading(False)
+        self.set_reading(False)
+        self._hear_servers(False)
 
     def resume_writing(self) -> None:
         self.writable.set()
-        if self.server is not None:
-            self.server.set_reading(True)
+        self.set_reading(not self.is_blocked)
+        self._hear_servers(True)
+
+    def _hear_servers(self, is_reading: bool) -> None:
+        """Those that it keeps, too: they may have notifications for the client."""
+        for server in (self.server, *self.servers.values()):
+            if server is not None:
+                server.set_reading(is_reading)
 
     def data_received(self, data: bytes) -> None:
         if self.is_closing:
@@ -207,7 +215,7 @@ class Session(asyncio.Protocol):
         if self.inbox.waiting:
             reading.take_in(self, self.inbox.take())
         if not self.is_blocked:
-            self.set_reading(True)
+            self.set_reading(self.writable.is_set())
 
     # --- the unit under way
 
@@ -323,7 +331,6 @@ class Session(asyncio.Protocol):
         server, self.server = self.server, None
         if server is None:
             return
-        server.set_reading(True)  # the client may be slow still: that is nothing to whoever is next
         if self.servers.get(server.shard) is server:
             return
         if self.keeps_servers:
@@ -423,9 +430,9 @@ class Session(asyncio.Protocol):
         self.is_closing = True
         if hears_out and self.transport.can_write_eof():
             self.transport.write_eof()
-            asyncio.get_running_loop().call_later(LAST_WORDS_S, self.transport.abort)
         else:
             self.transport.close()
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, self.transport.abort)
 
     def fatal(self, sqlstate: str, message: str, *, hint: str | None = None, hears_out: bool = False) -> None:
         """Ends the session with an error, unless it ends already."""
@@ -445,6 +452,11 @@ class Session(asyncio.Protocol):
         self.say(b"".join(out), IDLE)
         return True
 
+    def _cancel_task(self, task: asyncio.Task[None]) -> None:
+        """Once it has taken its first step: one that is cancelled before never hears of it."""
+        if self.task is task and not self.replies.is_acknowledging:
+            task.cancel()
+
     def cancel(self) -> Awaitable[None] | None:
         """The client asks to cancel what is under way. Waiting ends at once; a running statement is for its server.
 
@@ -453,7 +465,7 @@ class Session(asyncio.Protocol):
         if self.replies.is_acknowledging:
             return None  # it was committed: there is nothing left to cancel, and an error would say otherwise
         if self.task is not None:
-            self.task.cancel()
+            asyncio.get_running_loop().call_soon(self._cancel_task, self.task)
             return None
         if self.server is None or self.unit is None:
             return None

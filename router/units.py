@@ -162,7 +162,8 @@ class Unit:
         parsed: names that its Parse messages gave, with what they named before; taken back where it fails.
         is_alone: it is one statement, and nothing else.
         has_ended: the end of a transaction block is among what was bound.
-        is_hinted: it sets a hint, which counts for what comes behind it.
+        has_changes: a statement of it changes something in the session, which counts for what comes behind it.
+        is_hinted: that is a hint, for one.
         is_once: nothing of it is ever sent again: a part of it may be committed, or was in a transaction before it.
     """
 
@@ -188,12 +189,14 @@ class Unit:
     was_held: bool = False
     is_alone: bool = False
     has_ended: bool = False
+    has_changes: bool = False
     is_hinted: bool = False
     is_once: bool = False
 
     def add(self, need: Need) -> None:
         """A statement that is executed."""
         self.needs.append(need)
+        self.has_changes = self.has_changes or bool(need.changes)
         if need.changes and any(change.is_hint for change in need.changes):
             self.is_hinted = True
             self.forbid_retry()  # the hint is for what follows it, and a second look would take it for what came before

@@ -319,6 +319,39 @@ def test_a_copy_for_two_shards_is_refused_whole(client: RawClient, routed: Route
     assert values(client.ask(Q(f"SELECT note FROM items WHERE tenant_id = {THERE}"))) == ["s2"]
 
 
+@pytest.mark.parametrize("protocol", ["simple", "extended"])
+@pytest.mark.parametrize(
+    ("options", "data", "code"),
+    [
+        ("", b"x\t2\n", "22P02"),
+        ("", f"{HERE}\t2\nx\t2\n".encode(), "22P02"),
+        ("(FORMAT csv)", f"{HERE},2\r{THERE},2\r".encode(), "0A000"),
+        ("(FORMAT csv, HEADER)", f"tenant_id,id\r{HERE},2\r{THERE},2\r".encode(), "0A000"),
+    ],
+)
+def test_a_copy_whose_key_cannot_be_read_is_refused_whole(
+    client: RawClient, routed: Routed, protocol: str, options: str, data: bytes, code: str
+) -> None:
+    copy = f"COPY items (tenant_id, id) FROM STDIN {options}"
+    client.send(*([Q(copy)] if protocol == "simple" else [P(b"", copy), bound(b""), S]))
+    client.until(b"G")
+    said = client.ask(d(data), c, *([] if protocol == "simple" else [S]))
+    assert (codes(said), status(said)) == ([code], "I")
+    for shard in ("s1", "s2"):
+        assert routed.execute(shard, "SELECT count(*) FROM items") == [(1,)]
+    assert values(client.ask(Q(f"SELECT note FROM items WHERE tenant_id = {THERE}"))) == ["s2"]
+
+
+def test_a_copy_with_another_delimiter_in_old_words_goes_where_its_rows_belong(
+    client: RawClient, routed: Routed
+) -> None:
+    client.send(Q("COPY items (id, tenant_id) FROM STDIN USING DELIMITERS ';'"))
+    client.until(b"G")
+    said = client.ask(d(f"2;{THERE}\n".encode()), c)
+    assert (told_tag(said), status(said)) == ("COPY 1", "I")
+    assert routed.execute("s2", "SELECT id FROM items ORDER BY id") == [(1,), (2,)]
+
+
 def test_a_copy_in_a_transaction_stays_on_its_shard(client: RawClient, routed: Routed) -> None:
     client.ask(Q("BEGIN"))
     client.ask(Q(f"INSERT INTO items (tenant_id, id) VALUES ({HERE}, 2)"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +148,160 @@ def test_a_failed_transaction_takes_nothing_but_its_end(client: RawClient, route
     assert codes(client.ask(one(insert(THERE)), wire.SYNC)) == ["25P02"]
     client.ask(wire.query("ROLLBACK"))
     assert rows(routed) == {"s1": [], "s2": []}
+
+
+# --- settings that say how a key is read
+
+
+class Timed(Routed):
+    """Beside the others a table that is split by times, and one that is split by names."""
+
+    def __init__(self, databases: Databases, directory: Path, routers: Routers) -> None:
+        super().__init__(databases, directory, routers)
+        for shard in ("s1", "s2"):
+            self.execute(shard, "CREATE TABLE times (at timestamptz PRIMARY KEY); CREATE TABLE names (name text)")
+
+    def _document(self) -> str:
+        document = super()._document()
+        for name, type_, column, bound in (
+            ("times", "timestamptz", "at", "2026-01-01 00:00:00+00:00"),
+            ("names", "text", "name", "n"),
+        ):
+            document += f"""
+[keyspaces.{name}]
+key_type = "{type_}"
+[keyspaces.{name}.tables]
+{name} = "{column}"
+[[keyspaces.{name}.routes]]
+range = ':"{bound}"'
+shard = "s1"
+[[keyspaces.{name}.routes]]
+range = '"{bound}":'
+shard = "s2"
+"""
+        return document
+
+
+@pytest.fixture(scope="module")
+def timed(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Timed, dict[str, Router]]]:
+    databases = Databases(servers)
+    directory = tmp_path_factory.mktemp("timed")
+    with Routers(directory) as routers:
+        timed = Timed(databases, directory, routers)
+        yield timed, {pooling: timed.router(pooling=pooling) for pooling in ("session", "transaction")}
+        routers.check()
+    databases.drop()
+
+
+@pytest.fixture(params=["session", "transaction"])
+def in_time(timed: tuple[Timed, dict[str, Router]], request: pytest.FixtureRequest) -> Iterator[RawClient]:
+    for shard in ("s1", "s2"):
+        timed[0].execute(shard, "TRUNCATE times, names, items")
+    with RawClient(timed[1][request.param].port, dbname=timed[0].dbname, bound_s=BOUND_S) as client:
+        assert codes(client.ask(wire.query("SET TIME ZONE 'UTC'"))) == []
+        yield client
+
+
+def count(timed: tuple[Timed, dict[str, Router]], table: str) -> list[int]:
+    return [timed[0].execute(shard, f"SELECT count(*) FROM {table}")[0][0] for shard in ("s1", "s2")]
+
+
+TOKYO = "SET TIME ZONE 'Asia/Tokyo'"
+LOCAL = "SET LOCAL TIME ZONE 'Asia/Tokyo'"
+AT = "INSERT INTO times (at) VALUES ('2026-01-01 03:00:00')"
+"""In UTC a time of s2, in Tokyo one of s1."""
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        [wire.query(f"{TOKYO}; {AT}")],
+        [wire.query(f"BEGIN; {LOCAL}; {AT}; COMMIT")],
+        [wire.query(f"SELECT set_config('TimeZone', 'Asia/Tokyo', false); {AT}")],
+        [wire.query(f"SELECT 1, set_config('TimeZone', 'Asia/Tokyo', false); {AT}")],
+        [one(TOKYO), one(AT), wire.SYNC],
+        [one("RESET ALL"), one(AT), wire.SYNC],
+        [one("SELECT set_config('TimeZone', 'Asia/Tokyo', true)"), one(AT), wire.SYNC],
+        [one("BEGIN"), one(LOCAL), one(AT), one("COMMIT"), wire.SYNC],
+    ],
+)
+def test_a_time_zone_set_in_the_same_unit_is_not_known_yet(
+    in_time: RawClient, timed: tuple[Timed, dict[str, Router]], unit: list[bytes]
+) -> None:
+    assert codes(in_time.ask(*unit)) == ["0A000"]
+    in_time.ask(wire.query("ROLLBACK"))
+    assert count(timed, "times") == [0, 0]
+
+
+@pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+@pytest.mark.parametrize("is_script", [True, False])
+def test_a_time_zone_that_ends_with_its_transaction_in_the_same_unit_is_not_known_yet(
+    in_time: RawClient, timed: tuple[Timed, dict[str, Router]], end: str, is_script: bool
+) -> None:
+    in_time.ask(wire.query("BEGIN"))
+    assert codes(in_time.ask(wire.query(LOCAL))) == []
+    said = in_time.ask(wire.query(f"{end}; {AT}")) if is_script else in_time.ask(one(end), one(AT), wire.SYNC)
+    assert codes(said) == ["0A000"]
+    in_time.ask(wire.query("ROLLBACK"))
+    assert count(timed, "times") == [0, 0]
+
+
+def test_a_time_zone_set_before_is_known(in_time: RawClient, timed: tuple[Timed, dict[str, Router]]) -> None:
+    assert codes(in_time.ask(one(TOKYO), wire.SYNC)) == []
+    assert codes(in_time.ask(one("BEGIN"), one(AT), one("COMMIT"), wire.SYNC)) == []
+    assert count(timed, "times") == [1, 0]
+    in_time.ask(wire.query("BEGIN"))
+    in_time.ask(wire.query("SET LOCAL TIME ZONE 'UTC'"))
+    assert codes(in_time.ask(wire.query(AT))) == []
+    in_time.ask(wire.query("COMMIT"))
+    assert count(timed, "times") == [1, 1]
+
+
+@pytest.mark.parametrize("setting", [TOKYO, "SET work_mem = '8MB'"])
+def test_keys_that_no_setting_changes_are_routed_beside_any(
+    in_time: RawClient, timed: tuple[Timed, dict[str, Router]], setting: str
+) -> None:
+    for text in (
+        insert(THERE),
+        "INSERT INTO times (at) VALUES ('2026-01-01 03:00:00+00')",
+        "INSERT INTO names (name) VALUES ('x')",
+    ):
+        assert codes(in_time.ask(wire.query(f"{setting}; {text}"))) == [], text
+        assert (
+            codes(in_time.ask(one(setting), one(text.replace("03:00", "04:00").replace(", 1)", ", 2)")), wire.SYNC))
+            == []
+        )
+    assert [count(timed, table) for table in ("items", "times", "names")] == [[0, 2]] * 3
+
+
+def test_letters_go_by_the_encoding_that_is_known(in_time: RawClient, timed: tuple[Timed, dict[str, Router]]) -> None:
+    text = "INSERT INTO names (name) VALUES ('ä')"
+    assert codes(in_time.ask(one("SET work_mem = '8MB'"), one(text), wire.SYNC)) == []
+    assert codes(in_time.ask(one("SET client_encoding = 'LATIN1'"), one(text), wire.SYNC)) == ["0A000"]
+    assert count(timed, "names") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "setting", ["SET TIME ZONE 'Asia/Tokyo'", "SET client_encoding = 'LATIN1'"], ids=["zone", "encoding"]
+)
+def test_keys_of_copy_are_read_by_the_sessions_settings(
+    in_time: RawClient, timed: tuple[Timed, dict[str, Router]], setting: str
+) -> None:
+    is_zone = "ZONE" in setting
+    copy, row = (
+        ("COPY times (at) FROM STDIN", b"2026-01-01 03:00:00\n")
+        if is_zone
+        else ("COPY names (name) FROM STDIN", "ä\n".encode())
+    )
+    assert codes(in_time.ask(wire.query(setting))) == []
+    in_time.send(wire.query(copy))
+    in_time.until(b"G")
+    said = in_time.ask(wire.copy_data(row), wire.COPY_DONE)
+    assert codes(said) == ([] if is_zone else ["0A000"])
+    assert count(timed, "times" if is_zone else "names") == ([1, 0] if is_zone else [0, 0])
+    in_time.send(one(setting), one(copy), wire.SYNC)
+    in_time.until(b"GEZ")
+    assert codes(in_time.ask(wire.copy_data(row), wire.COPY_DONE, wire.SYNC)) == ["0A000"]
 
 
 # --- hints

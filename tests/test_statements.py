@@ -268,6 +268,20 @@ def test_a_plan_that_rests_on_a_literal_is_for_this_text_only() -> None:
     assert [merge.order[0].position for merge in orders if merge is not None] == [0, 1]
 
 
+@pytest.mark.parametrize(("odd", "plain"), [(b"\x01n", b"5"), (b"\x01s", b"'5'"), (b"5 AND x = \x01n", b"5 AND x = 5")])
+@pytest.mark.parametrize("is_odd_first", [True, False])
+def test_a_byte_like_a_literals_mark_does_not_reach_the_plans_of_others(
+    odd: bytes, plain: bytes, is_odd_first: bool
+) -> None:
+    plans = Plans(VIEW.tables)
+    expected = {
+        b"SELECT x FROM t WHERE id = " + odd: "REFUSED 42601",
+        b"SELECT x FROM t WHERE id = " + plain: "KEYED a",
+    }
+    for text in expected if is_odd_first else reversed(expected):
+        assert described(decide(plans.of(text), None, VIEW)) == expected[text], text
+
+
 def test_the_cache_does_not_grow_beyond_its_size() -> None:
     plans = Plans(VIEW.tables, size=10)
     for number in range(200):
@@ -451,6 +465,66 @@ def test_what_stands_behind_the_end_of_copy_data() -> None:
     assert list(keys.feed(b"5\ta\n\\.\n150\tb\n")) + list(keys.finish()) == [(b"5\ta\n", 5)]
     with pytest.raises(Unreadable, match="behind"):
         list(CopyKeys(copied("COPY t (id, x) FROM STDIN (FORMAT csv)")).feed(b"5,a\n\\.\n150,b\n"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+@pytest.mark.parametrize(
+    ("options", "data"),
+    [
+        ("", b"5\ta\r150\tb\r"),
+        ("(HEADER)", b"id\tx\r5\ta\r\n150\tb\n"),
+        ("(FORMAT csv)", b"5,a\r150,b\r"),
+        ("(FORMAT csv, HEADER)", b"id,x\r5,a\r150,b\r"),
+        ("(FORMAT csv)", b'5,"a\r"\r150,b\n'),
+    ],
+)
+def test_a_carriage_return_alone_may_end_a_row_of_copy_and_is_refused(options: str, data: bytes, size: int) -> None:
+    keys = CopyKeys(copied(f"COPY t (id, x) FROM STDIN {options}"))
+    with pytest.raises(Unreadable, match="carriage return"):
+        _ = [row for n in range(0, len(data), size) for row in keys.feed(data[n : n + size])] + list(keys.finish())
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_a_carriage_return_in_quotes_or_before_a_newline_is_fine(size: int) -> None:
+    data = b'id,x\r\n5,"a\rb"\r\n"150",\r\n7,"\r\n"\r\n8,a\r'
+    keys = CopyKeys(copied("COPY t (id, x) FROM STDIN (FORMAT csv, HEADER)"))
+    rows = [row for n in range(0, len(data), size) for row in keys.feed(data[n : n + size])] + list(keys.finish())
+    assert [key for _, key in rows] == [5, 150, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "expected"),
+    [
+        ("USING DELIMITERS ';'", b"a;150\n", [150]),
+        ("(\"delimiter\" ';')", b"a;150\n", [150]),
+        ("(FORMAT csv, FORCE_NULL *, DELIMITER ';')", b"a;150\n", [150]),
+        ("CSV FORCE NOT NULL x, id DELIMITER ';'", b"a;150\n", [150]),
+        ("(FORMAT csv, NULL '5', FORCE_NULL *)", b'a,"5"\n', [None]),
+        ("(FORMAT csv, NULL '5', FORCE_NULL (x, id))", b'a,"5"\n', [None]),
+        ("(FORMAT csv, NULL '5', FORCE_NULL (x))", b'a,"5"\na,5\n', [5, None]),
+        ("(FORMAT csv, NULL '5', FORCE_NOT_NULL (x))", b'a,5\na,"5"\n', [None, 5]),
+        ("(FORMAT csv, NULL '5', FORCE_NOT_NULL (\"id\"))", b"a,5\n", [5]),
+        ("CSV NULL '5' FORCE NOT NULL x", b"a,5\n", [None]),
+        ("CSV NULL '5' FORCE NULL \"ID\", x", b'a,"5"\n', [5]),
+    ],
+)
+def test_options_of_copy_count_for_the_column_that_they_name(
+    options: str, data: bytes, expected: list[int | None]
+) -> None:
+    assert [key for _, key in CopyKeys(copied(f"COPY t (x, id) FROM STDIN {options}")).feed(data)] == expected
+
+
+def test_a_key_of_copy_is_read_by_what_is_known_of_the_session() -> None:
+    at = copied("COPY z (at) FROM STDIN")
+    assert len(list(CopyKeys(at, Facts(time_zone="UTC")).feed(b"2026-01-01 03:00:00\n"))) == 1
+    with pytest.raises(Unreadable, match="TimeZone"):
+        list(CopyKeys(at, Facts()).feed(b"2026-01-01 03:00:00\n"))
+    head = b"PGCOPY\n\xff\r\n\0" + struct.pack("!ii", 0, 0)
+    for options, data in (("", b"m\xc3\xbc\n"), ("(FORMAT binary)", head + struct.pack("!hi", 1, 3) + b"m\xc3\xbc")):
+        name = copied(f"COPY n (name) FROM STDIN {options}")
+        assert [key for _, key in CopyKeys(name).feed(data)] == ["mü"]
+        with pytest.raises(Unreadable, match="UTF-8"):
+            list(CopyKeys(name, Facts(is_utf8=False)).feed(data))
 
 
 @pytest.mark.parametrize("format_", ["text", "csv"])

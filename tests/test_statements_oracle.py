@@ -30,6 +30,7 @@ from router.statements import (
     decide,
     froms,
     queries,
+    reading,
     restricted,
 )
 from router.statements.values import Unreadable
@@ -47,6 +48,7 @@ ROUTES: Final = (
     Route(KeyRange(6, 8), "s3"),
     Route(KeyRange(8, None), "s1"),
 )
+OTHER_ROUTES: Final = (Route(KeyRange(None, 3), "s2"), Route(KeyRange(3, 7), "s1"), Route(KeyRange(7, None), "s3"))
 ACCOUNTS: Final = Keyspace(
     "accounts",
     KeyType.BIGINT,
@@ -54,9 +56,14 @@ ACCOUNTS: Final = Keyspace(
     {TableName("public", "t"): "id", TableName("public", "u"): "t_id"},
     (TableName("public", "r"),),
 )
+OTHERS: Final = Keyspace("others", KeyType.BIGINT, Scheme.RANGE, {TableName("public", "o"): "id"})
+"""Its keys are those of the accounts, on other shards."""
+OWN_ROUTES: Final = {"accounts": ROUTES, "others": OTHER_ROUTES}
+SPLIT: Final = {"t": "accounts", "u": "accounts", "o": "others"}
 SCHEMA: Final = b"""
     CREATE TABLE t (id bigint NOT NULL, n int NOT NULL, x int, y text, PRIMARY KEY (id, n));
     CREATE TABLE u (t_id bigint NOT NULL, n int NOT NULL, x int, PRIMARY KEY (t_id, n));
+    CREATE TABLE o (id bigint NOT NULL, n int NOT NULL, x int, PRIMARY KEY (id, n));
     CREATE TABLE r (x int PRIMARY KEY, name text);
     CREATE TABLE h (x int, z int);
 """
@@ -66,16 +73,18 @@ SCHEMA: Final = b"""
 class View:
     """As the router sees it."""
 
-    tables: Tables = field(default_factory=lambda: Tables({"accounts": ACCOUNTS}))
-    routes: RouteTable = field(default_factory=lambda: RouteTable(1, {"accounts": Routes.of("accounts", ROUTES)}))
+    tables: Tables = field(default_factory=lambda: Tables({"accounts": ACCOUNTS, "others": OTHERS}))
+    routes: RouteTable = field(
+        default_factory=lambda: RouteTable(1, {name: Routes.of(name, own) for name, own in OWN_ROUTES.items()})
+    )
     home: str = "s1"
     shards: Sequence[str] = SHARDS
 
-    def owner(self, key: int) -> str:
-        return self.routes["accounts"].at(key).shard
+    def owner(self, table: str, key: int) -> str:
+        return self.routes[SPLIT[table]].at(key).shard
 
     def ranges(self, shard: str) -> dict[str, tuple[KeyRange, ...]]:
-        return {"accounts": tuple(route.range for route in ROUTES if route.shard == shard)}
+        return {name: tuple(one.range for one in own if one.shard == shard) for name, own in OWN_ROUTES.items()}
 
 
 class Sides:
@@ -95,15 +104,18 @@ class Sides:
             connection.execute("INSERT INTO h VALUES (1, 1), (2, 2), (2, 3)")
         for key in KEYS:
             self._fill(key)
+        for connection in (self.whole, *self.shards.values()):
+            connection.execute("UPDATE t SET y = substr('abc', n % 3 + 1, 1)")
 
     def _fill(self, key: int) -> None:
         """Every shard has the key's rows; those that are not the owner's differ, and there are more of them."""
         for name, connection in (("", self.whole), *self.shards.items()):
-            is_owner = name in ("", self.view.owner(key))
-            for n in range(key % 3 + (0 if is_owner else 2)):
-                x = (key + n) % 4 if is_owner else n % 4
-                connection.execute("INSERT INTO t VALUES (%s, %s, %s, %s)", (key, n, x, "abc"[n % 3]))
-                connection.execute("INSERT INTO u VALUES (%s, %s, %s)", (key, n, (x + 1) % 4 if n else None))
+            for table in (b"t", b"u", b"o"):
+                is_owner = name in ("", self.view.owner(table.decode(), key))
+                for n in range(key % 3 + (0 if is_owner else 2)):
+                    x = (key + n) % 4 if is_owner else n % 4
+                    row = (key, n, x if table != b"u" else (x + 1) % 4 if n else None)
+                    connection.execute(b"INSERT INTO " + table + b" VALUES (%s, %s, %s)", row)
 
     def close(self) -> None:
         for connection in (self.whole, *self.shards.values()):
@@ -113,14 +125,14 @@ class Sides:
         """What the shards hold of their own, all tables."""
         found: list[Any] = []
         for name, connection in self.shards.items():
-            for table in (b"t", b"u"):
+            for table in (b"t", b"u", b"o"):
                 rows = connection.execute(b"SELECT * FROM " + table).fetchall()
-                found += [(table, *row) for row in rows if self.view.owner(row[0]) == name]
+                found += [(table, *row) for row in rows if self.view.owner(table.decode(), row[0]) == name]
         home = self.shards["s1"]
         return sorted(map(repr, found + _others(home)))
 
     def whole_rows(self) -> list[Any]:
-        tables = (b"t", b"u")
+        tables = (b"t", b"u", b"o")
         found = [(t, *row) for t in tables for row in self.whole.execute(b"SELECT * FROM " + t).fetchall()]
         return sorted(map(repr, found + _others(self.whole)))
 
@@ -138,6 +150,9 @@ def sides(servers: Any) -> Iterator[Sides]:
     databases.drop()
 
 
+WRITES: Final = ["update", "update", "delete", "insert", "insert", "merge", "cte"]
+
+
 class Sql:
     """Writes one random statement; most are valid, many name a key."""
 
@@ -145,7 +160,7 @@ class Sql:
         self.rng = rng
         self.is_outer = is_outer
         """All joins are LEFT JOIN, and bind one side or the other."""
-        self.parameters: list[str] = []
+        self.parameters: list[str | None] = []
         self._names = 0
 
     def name(self) -> str:
@@ -153,7 +168,7 @@ class Sql:
         return f"q{self._names}"
 
     def statement(self) -> str:
-        kind = self.rng.choice(["select"] * 7 + ["update", "update", "delete", "insert", "insert", "merge", "cte"])
+        kind = self.rng.choice(["select"] * 7 + WRITES + ["values"])
         match kind:
             case "select":
                 return self.top()
@@ -165,6 +180,8 @@ class Sql:
                 return self.insert()
             case "merge":
                 return self.merge()
+            case "values":
+                return self.values()
             case _:
                 return self.writing_cte()
 
@@ -198,7 +215,10 @@ class Sql:
 
     def top(self) -> str:
         body = self.select(2)
-        tail = self.rng.randrange(6)
+        tail = self.rng.randrange(7)
+        if tail == 6:
+            query = self.select(1, columns="k, n, x", is_plain=True)
+            return f"SELECT k, n, x FROM ({query} ORDER BY {self.rng.choice(['1, 2, 3', '3, 2, 1'])}) s LIMIT 3"
         if tail == 0:
             body = self.select(2, columns="k, n, x", is_plain=True) + self.rng.choice(
                 ["", " UNION ALL ", " UNION "]
@@ -222,7 +242,11 @@ class Sql:
         if columns:
             distinct = self.rng.choice(["", "", "", "DISTINCT "])
             return f"SELECT {distinct}{key} AS k, {alias}.n, {alias}.x FROM {from_}{where}"
-        match self.rng.randrange(9):
+        match self.rng.randrange(10):
+            case 9 if not is_plain:
+                on, name = self.rng.choice([key, first[1], "k"]), self.rng.choice([first[1], "k", "q"])
+                given = self.rng.choice([key, f"{alias}.x"])
+                return f"SELECT DISTINCT ON ({on}) {given} AS {name}, {alias}.n FROM {from_}{where} ORDER BY 1, 2"
             case 0 if not is_plain:
                 return (
                     f"SELECT {key}, count(*), max({alias}.x) FROM {from_}{where} GROUP BY {self.rng.choice([key, '1'])}"
@@ -245,6 +269,18 @@ class Sql:
     def correlated(self, scope: list[tuple[str, str]], depth: int) -> str:
         table, key = self.rng.choice([("t", "id"), ("u", "t_id")])
         outer = self.rng.choice(scope)
+        column = f"{outer[0]}.{outer[1]}"
+        match self.rng.randrange(10):
+            case 0:
+                own = f"j.{key} = {column} AND {column} = {self.key()}"
+                return f"(SELECT count(*) AS x FROM {table} j WHERE {own}) i WHERE true"
+            case 1:
+                kind = self.rng.choice(["LEFT", "FULL", "RIGHT", ""])
+                other = self.rng.choice(["(SELECT 1 AS k WHERE {}) j", "(r j JOIN r l ON {})"])
+                other = other.format(f"{column} = {self.key()}")
+                return f"r i {kind} JOIN {other} ON true WHERE true"
+            case _:
+                pass
         condition = self.rng.choice(
             [f"i.{key} = {outer[0]}.{outer[1]}"] * 3 + [f"i.x = {outer[0]}.x", f"i.{key} = {self.key()}"]
         )
@@ -253,6 +289,10 @@ class Sql:
     def from_(self, depth: int) -> tuple[str, list[tuple[str, str]]]:
         text, scope = self.item(depth)
         for _ in range(self.rng.choice([0, 0, 1, 1, 2])):
+            if self.rng.random() < 0.15 and not self.is_outer:
+                other, more = self.lateral(scope)
+                text, scope = f"{text} {other}", scope + more
+                continue
             other, more = self.item(depth)
             left, right = self.rng.choice(scope), more[0]
             on = self.rng.choice(
@@ -278,9 +318,32 @@ class Sql:
             scope = scope + more
         return text, scope
 
+    def lateral(self, scope: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
+        """A join with LATERAL, which may restrict the rows before it, or seem to."""
+        alias, outer = self.name(), self.rng.choice(scope)
+        table, key = self.rng.choice([("t", "id"), ("u", "t_id")])
+        column = f"{outer[0]}.{outer[1]}"
+        where = f"i.{key} = {column}" + self.rng.choice(["", "", f" AND {self.condition([outer], 0)}"])
+        body = self.rng.choice(
+            [
+                f"SELECT i.{key} AS k, i.n, i.x FROM {table} i WHERE {where}",
+                f"SELECT {column} AS k, i.n, i.x FROM {table} i WHERE {where}",
+                f"SELECT max(i.{key}) AS k, count(*) AS n, max(i.x) AS x FROM {table} i WHERE {where}",
+                f"SELECT 0 AS k, s.n, 1 AS x FROM (SELECT count(*) AS n FROM r WHERE {self.condition([outer], 0)}) s",
+            ]
+        )
+        join = self.rng.choice(["LEFT JOIN LATERAL ({}) {} ON true", "JOIN LATERAL ({}) {} ON true"])
+        return join.format(body, alias), [(alias, "k")]
+
     def item(self, depth: int) -> tuple[str, list[tuple[str, str]]]:
         alias = self.name()
-        match self.rng.randrange(12):
+        match self.rng.randrange(14):
+            case 12:
+                return f"o {alias}", [(alias, "id")]
+            case 13 if depth:
+                where = self.rng.choice(["", f" WHERE t.id = {self.key()}"])
+                query = f"SELECT max(id) AS k, count(*) AS n, max(x) AS x FROM t{where}"
+                return f"({query}) {alias}", [(alias, "k")]
             case 0:
                 return f"(SELECT x, x AS n, name FROM r) {alias}", [(alias, "x")]
             case 1:
@@ -307,7 +370,11 @@ class Sql:
     def atom(self, scope: list[tuple[str, str]], depth: int) -> str:
         alias, key = self.rng.choice(scope)
         column = f"{alias}.{key}"
-        match self.rng.randrange(16):
+        match self.rng.randrange(18):
+            case 16:
+                return f"{column} IS NOT DISTINCT FROM {self.rng.choice([self.key(), 'NULL', self.null()])}"
+            case 17 if depth:
+                return f"{column} IN (SELECT {column} FROM {self.correlated(scope, depth - 1)})"
             case 0 | 1 | 2 | 3:
                 return f"{column} = {self.key()}"
             case 4:
@@ -343,6 +410,17 @@ class Sql:
             case _:
                 return f"{alias}.x {self.rng.choice(['=', '<', '>'])} {self.rng.randrange(4)}"
 
+    def null(self) -> str:
+        self.parameters.append(None)
+        return f"${len(self.parameters)}::bigint"
+
+    def values(self) -> str:
+        queries = [
+            f"(SELECT {self.rng.choice(['count(*)', 'max(i.x)'])} FROM t i WHERE {self.condition([('i', 'id')], 1)})"
+            for _ in range(self.rng.randint(1, 2))
+        ]
+        return f"VALUES ({self.rng.choice([', ', '), (']).join(queries)})"
+
     # Writes
 
     def update(self) -> str:
@@ -355,18 +433,22 @@ class Sql:
         from_, scope = "", [(name, key)]
         if self.rng.random() < 0.3:
             item, more = self.item(1)
-            from_, scope = f" FROM {item}", scope + more
+            from_, scope = f" FROM {item}{self.more(more)}", scope + more
             link = f"{name}.{key} = {more[0][0]}.{more[0][1]} AND "
         else:
             link = ""
         returning = self.rng.choice(["", f" RETURNING {name}.{key}, {name}.x"])
         return f"UPDATE {alias} SET {sets}{from_} WHERE {link}{self.condition(scope, 1)}{returning}"
 
+    def more(self, scope: list[tuple[str, str]]) -> str:
+        return f" {self.lateral(scope)[0]}" if self.rng.random() < 0.3 else ""
+
     def delete(self) -> str:
         table, key = self.rng.choice([("t", "id"), ("u", "t_id")])
         if self.rng.random() < 0.3:
             item, more = self.item(1)
             link = f"{table}.{key} = {more[0][0]}.{more[0][1]}"
+            item += self.more(more)
             return f"DELETE FROM {table} USING {item} WHERE {link} AND {self.condition([(table, key), *more], 1)}"
         return f"DELETE FROM {table} WHERE {self.condition([(table, key)], 1)} RETURNING *"
 
@@ -421,6 +503,9 @@ class Sql:
             [
                 f"DELETE FROM t WHERE {condition} RETURNING id, n, x",
                 f"UPDATE t SET x = 6 WHERE {condition} RETURNING id, n, x",
+                f"UPDATE t SET id = {self.key()}, n = n + 50 WHERE t.id = {self.key()} RETURNING id, n, x",
+                f"INSERT INTO t (id, n) VALUES ({self.key()}, 0) "
+                "ON CONFLICT (id, n) DO UPDATE SET x = 5 RETURNING id, n, x",
             ]
         )
         use = self.rng.choice(
@@ -428,6 +513,8 @@ class Sql:
                 "SELECT * FROM w",
                 "SELECT w.id, u.n FROM w JOIN u ON u.t_id = w.id",
                 "INSERT INTO u (t_id, n, x) SELECT id, n + 50, x FROM w",
+                "INSERT INTO o (id, n, x) SELECT id, n + 50, x FROM w",
+                "DELETE FROM o USING w WHERE o.id = w.id",
             ]
         )
         return f"WITH w AS ({write}) {use}"
@@ -437,13 +524,13 @@ class Differs(AssertionError):
     pass
 
 
-def _run(connection: psycopg.Connection[Any], text: bytes, parameters: Sequence[str]) -> list[Any]:
+def _run(connection: psycopg.Connection[Any], text: bytes, parameters: Sequence[str | None]) -> list[Any]:
     with psycopg.RawCursor(connection) as cursor:
         cursor.execute(text, list(parameters))
         return cursor.fetchall() if cursor.description is not None else [cursor.rowcount]
 
 
-def _answer(sides: Sides, decision: Decision, text: bytes, parameters: Sequence[str], rng: Random) -> list[Any]:
+def _answer(sides: Sides, decision: Decision, text: bytes, parameters: Sequence[str | None], rng: Random) -> list[Any]:
     """What the router would make of it."""
     if decision.action is Action.SCATTER:
         planned = sides.plans.of(text)
@@ -461,10 +548,10 @@ def _answer(sides: Sides, decision: Decision, text: bytes, parameters: Sequence[
     return answers[0]
 
 
-def check(sides: Sides, text: str, parameters: Sequence[str], rng: Random) -> None:
+def check(sides: Sides, text: str, parameters: Sequence[str | None], rng: Random) -> None:
     """Raises Differs where the two sides differ."""
     data = text.encode()
-    arguments = Arguments((), [value.encode() for value in parameters])
+    arguments = Arguments((), [None if value is None else value.encode() for value in parameters])
     decision = decide(sides.plans.of(data), arguments, sides.view)
     sides.seen[decision.action.name] += 1
     if decision.refusal is not None:
@@ -549,3 +636,18 @@ def test_twin_without_a_rule_answers_wrongly(
         case _:
             monkeypatch.setitem(globals(), "restricted", lambda planned, ranges: planned.text)
     assert _damage(sides, rng, TWINS_COUNT, is_outer=mechanism == "outer joins") > 0
+
+
+def test_twin_without_the_rule_of_empty_groups_answers_wrongly(
+    sides: Sides, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An aggregate has its row where its WHERE holds for none: what that says of other tables binds them to nothing."""
+    text = "SELECT id, n FROM t WHERE id IN (SELECT t.id FROM (SELECT count(*) FROM r WHERE t.id = 4) s)"
+    check(sides, text, [], rng)
+    monkeypatch.setattr(reading, "has_row_of_none", lambda node, scope: False)
+    sides.plans = Plans(sides.view.tables)
+    try:
+        with pytest.raises(Differs):
+            check(sides, text, [], rng)
+    finally:
+        sides.plans = Plans(sides.view.tables)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlglot import exp
 
+from router.statements.actions import Origin
 from router.statements.calls import calls_of
 from router.statements.contexts import Context, Node, Terms
 from router.statements.functions import AGGREGATES, SCALAR, WINDOW
@@ -143,8 +144,10 @@ class Conditions(State):
             case exp.Paren():
                 yield from self._bindings(one.this, scope)
             case exp.EQ() | exp.NullSafeEQ():
-                yield from self._equal_constants(one.this, one.expression, scope)
-                yield from self._equal_constants(one.expression, one.this, scope)
+                for sides in ((one.this, one.expression), (one.expression, one.this)):
+                    for node, terms in self._equal_constants(*sides, scope):
+                        if isinstance(one, exp.EQ) or all(term.origin is Origin.LITERAL for term in terms):
+                            yield node, terms  # IS NOT DISTINCT FROM NULL holds where an outer join left a row out
             case exp.In():
                 yield from self._in_list(one, scope)
             case exp.Or():

@@ -14,8 +14,11 @@ rests on:
 - FULL JOIN: its condition is a fact for neither side.
 - A sub-select in an expression stands within the context of that expression: what it computes for rows that do not go
   on does not matter. Nothing that it says holds outside of it.
-- What a sub-select in FROM says holds outside too, for its rows. What is said outside holds inside only if the rows
-  that go on are its own rows one by one: no grouping, no window, no LIMIT, no set operation.
+- What a sub-select in FROM says holds where it stands, for its rows; on the side that an outer join may leave out,
+  only there, as it may speak of columns of outer queries. Of LATERAL nothing is taken: its columns may be those of
+  other tables, and NULL where these are not. An aggregate without groups has a row whatever WHERE says.
+- What is said outside holds inside only if the rows that go on are its own rows one by one: no grouping, no window, no
+  LIMIT, no set operation.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Final
 
 from router.statements.actions import Arguments, CopySpec, Facts, Origin, Refusal, Term
 from router.statements.values import Unreadable, keys_of, unreadable
-from shardmove.domain.keys import Key
+from shardmove.domain.keys import Key, KeyType
 
 SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
 _HEAD: Final = Struct("!ii")
@@ -46,6 +46,7 @@ class CopyKeys:
         self._delimiter = spec.delimiter.encode()
         self._quote = spec.quote.encode()
         self._escape = spec.escape.encode()
+        self._stop = re.compile(b"[\n\r" + re.escape(self._quote + self._escape) + b"]")
         self._null = spec.null.encode()
         self._end = self._line_end if spec.format != "csv" else self._csv_line_end
 
@@ -81,6 +82,7 @@ class CopyKeys:
                     raise unreadable("rows of COPY behind an end-of-data marker")
             elif self._is_before_rows:
                 self._is_before_rows = False
+                self._line(row)
             elif row.rstrip(b"\r\n") == b"\\.":
                 self._is_over = True
             else:
@@ -121,15 +123,26 @@ class CopyKeys:
                 self._is_quoted = not self._is_quoted
             elif byte == b"\n" and not self._is_quoted:
                 return position + 1
-            position = _nearest(rest, position + 1, (quote, escape) if escape else (quote,))
+            elif byte == b"\r" and not self._is_quoted:
+                if position + 1 >= len(rest):
+                    break
+                if rest[position + 1 : position + 2] != b"\n":
+                    raise _lone_return()
+            found = self._stop.search(rest, position + 1)
+            position = len(rest) if found is None else found.start()
         self._scanned = position - start
         return -1
 
-    def _key_of_line(self, row: bytes) -> Key | None:
+    def _line(self, row: bytes) -> bytes:
+        """Without its end. Servers take the first line's end for that of all lines; a lone \\r is none here."""
         line = row[:-1] if row.endswith(b"\n") else row
         line = line[:-1] if line.endswith(b"\r") else line
         if b"\r" in line and self._spec.format == "text":
-            raise unreadable("a carriage return within a row of COPY")
+            raise _lone_return()
+        return line
+
+    def _key_of_line(self, row: bytes) -> Key | None:
+        line = self._line(row)
         value = self._csv_value(line) if self._spec.format == "csv" else self._text_value(line)
         return None if value is None else self._key(value, is_binary=False)
 
@@ -152,9 +165,8 @@ class CopyKeys:
             if position > len(line):
                 return None
         value, _end, was_quoted = self._csv_field(line, position)
-        if value == self._null and (not was_quoted or self._spec.force_null) and not self._spec.force_not_null:
-            return None
-        return value
+        is_null = self._spec.force_null if was_quoted else not self._spec.force_not_null
+        return None if is_null and value == self._null else value
 
     def _csv_field(self, line: bytes, position: int) -> tuple[bytes, int, bool]:
         """A field's value, where the next one begins, and whether some of it was quoted."""
@@ -241,24 +253,19 @@ class CopyKeys:
         return bytes(rest[:position]), value
 
     def _key(self, value: bytes, *, is_binary: bool) -> Key | None:
-        if not is_binary and not self._facts.is_utf8 and not value.isascii():
+        is_text = not is_binary or self._spec.key_type is KeyType.TEXT
+        if is_text and not self._facts.is_utf8 and not value.isascii():
             raise unreadable("letters outside of ASCII in another encoding than UTF-8", "use client_encoding UTF8")
         arguments = Arguments((1,) if is_binary else (), (value,))
         keys = keys_of(_THE_VALUE, self._spec.key_type, (), arguments, self._facts, True)
         return keys[0] if keys else None
 
 
+def _lone_return() -> Unreadable:
+    return unreadable("a carriage return alone, within a row of COPY or at its end", "end rows with a newline")
+
+
 _THE_VALUE: Final = Term(Origin.PARAMETER)
-
-
-def _nearest(data: bytearray, start: int, wanted: tuple[bytes, ...]) -> int:
-    """Where the next line's end or one of these is; the end of the data where none is. Looks no further than that."""
-    end = data.find(b"\n", start)
-    end = len(data) if end < 0 else end
-    for each in wanted:
-        found = data.find(each, start, end)
-        end = end if found < 0 else found
-    return end
 
 
 def _split_escaped(line: bytes, delimiter: bytes) -> list[bytes]:

@@ -126,12 +126,14 @@ def _hinted(part: Part, hint: Hint, view: View) -> Decision:
 
 
 _KEEP_ACTION = frozenset({Action.COPY_IN, Action.COPY_OUT, Action.EXPLAIN, Action.DECLARE})
+_EVERYWHERE = frozenset({Action.DDL, Action.REFERENCE_WRITE})
 _FOLLOWS_HINT = frozenset({Action.KEYED, Action.SCATTER, Action.HOME, Action.REFERENCE_READ, *_KEEP_ACTION})
 
 
 def _others(part: Part, planned: Planned, arguments: Arguments | None, view: View, facts: Facts) -> Decision:
     hint = part.hint or facts.hint
-    if hint is not None and (part.action in _FOLLOWS_HINT or (part.refusal is not None and part.keyspaces)):
+    is_led = part.action in _FOLLOWS_HINT or (part.refusal is not None and part.keyspaces)
+    if hint is not None and is_led and not _writes_everywhere(part):
         return _hinted(part, hint, view)
     if part.refusal is not None:
         return _refused(part, part.refusal)
@@ -150,6 +152,13 @@ def _others(part: Part, planned: Planned, arguments: Arguments | None, view: Vie
             return _set(part, arguments)
         case _:
             return Decision(part.action, is_write=part.is_write, part=part, stays=part.stays)
+
+
+def _writes_everywhere(part: Part) -> bool:
+    """It writes what every shard holds whole: no key leads it to one of them."""
+    if part.inner is not None:
+        return part.is_write and part.inner.action in _EVERYWHERE
+    return part.action is Action.COPY_IN and bool(part.tables) and not part.keyspaces
 
 
 def _scattered(part: Part, planned: Planned, arguments: Arguments | None, view: View, facts: Facts) -> Decision:
@@ -174,6 +183,10 @@ def _of_inner(part: Part, planned: Planned, arguments: Arguments | None, view: V
             part, Refusal(NOT_SUPPORTED, "a cursor reads from one shard", "name the key in the cursor's statement")
         )
     is_write = decision.is_write and (part.action is not Action.EXPLAIN or part.is_write)
+    if is_write and len(decision.shards) > 1:
+        what = "EXPLAIN ANALYZE" if part.action is Action.EXPLAIN else "COPY"
+        refusal = Refusal(NOT_SUPPORTED, f"{what} of a write for every shard is not routed", "send the write by itself")
+        return _refused(part, refusal)
     return decision._replace(action=part.action, part=part, is_write=is_write)
 
 
@@ -214,8 +227,10 @@ def _decide_script(planned: Planned, arguments: Arguments | None, view: View, fa
         is_hinted = any(decision.is_hinted for decision in placed)
         action = Action.HOME if is_home else Action.KEYED
         return Decision(action, shards, routes, is_write, locks_rows, is_hinted=is_hinted)
-    if all(decision.action in (Action.DDL, Action.REFERENCE_WRITE) for decision in placed):
-        return Decision(Action.DDL, shards, is_write=True)
+    if all(decision.action in _EVERYWHERE for decision in placed):
+        if len(placed) == len(decisions):
+            return Decision(Action.DDL, shards, is_write=True)
+        return Decision(Action.REFUSED, is_write=True, refusal=_EVERYWHERE_BESIDE)
     refusal = Refusal(
         NOT_SUPPORTED,
         f"the statements of one query go to several shards ({', '.join(shards)})",
@@ -224,6 +239,11 @@ def _decide_script(planned: Planned, arguments: Arguments | None, view: View, fa
     return Decision(Action.REFUSED, refusal=refusal)
 
 
+_EVERYWHERE_BESIDE: Final = Refusal(
+    NOT_SUPPORTED,
+    "statements for every shard beside others in one query are not routed",
+    "send them by themselves, without BEGIN and COMMIT: each shard runs them in a transaction of its own",
+)
 _COPY_IN_SCRIPT: Final = Refusal(
     NOT_SUPPORTED,
     "COPY into a split table beside other statements is not routed: its rows say where it goes",

@@ -183,7 +183,7 @@ class From:
         if query.rows is not None:
             self._add(table, query.rows, query.columns)
             if query.rows.facts is not None:
-                self.where.imported.append(query.rows.facts)
+                context.imported.append(query.rows.facts)
             return []
         return self._derived(table, query.body, context, is_lateral=False, scope=query.scope, columns=query.columns)
 
@@ -201,10 +201,10 @@ class From:
         outer = scope or (self.scope if is_lateral else self.scope.parent) or Scope()
         if isinstance(body, exp.Subquery) and not has_tail(body):
             body = body.this
-        if can_push(body) and not walk.is_unsure:
+        if can_push(body) and not walk.is_unsure and not is_lateral:
             rows = walk.query(body, outer, context)
             if rows.facts is not None:
-                self.where.imported.append(rows.facts)
+                context.imported.append(rows.facts)  # not further out: they may name columns of outer queries
             self._add(item, rows, columns)
             self.others.extend(rows.others)
             return rows.required
@@ -217,7 +217,7 @@ class From:
         if rows.facts is not None:
             link.imported.append(rows.facts)
         linked = walk.relinked(rows, link)
-        self.where.imported.append(link)
+        context.imported.append(link)
         self._add(item, linked, columns)
         if isinstance(body, exp.SetOperation) or not rows.required:
             self.others.extend(rows.others)
@@ -236,7 +236,7 @@ class From:
         inner.walk_items([item.this])
         for join in item.args.get("joins") or []:
             inner.join(join)
-        self.where.imported.append(inner.group)
+        context.imported.append(inner.group)
         self.others.extend(inner.others)
         self.obstacle = self.obstacle or inner.obstacle
         if alias is not None:
@@ -260,7 +260,7 @@ class From:
         if item.args.get("offset"):
             outputs.append(Output("ordinality", None))
         self._add(item, Rows(outputs, columns_of(outputs), facts=facts))
-        self.where.imported.append(facts)
+        context.imported.append(facts)
         return []
 
     def _function(self, item: exp.Expr, context: Context) -> list[Anchor]:

@@ -104,6 +104,13 @@ _SYNTAX: Final = frozenset(
     CYCLE ORDINALITY RECURSIVE ESCAPE
     """.split()  # noqa: SIM905
 )
+MAY_BE_NAMES: Final = frozenset(
+    """
+    BY CONFLICT CUBE CYCLE DELETE ESCAPE FILTER FIRST INSERT KEY MATCHED MATERIALIZED NEXT NOTHING OPERATOR ORDINALITY
+    OVER PARTITION RECURSIVE ROLLUP ROWS SEARCH SET SETS UPDATE VARYING WITHIN
+    """.split()  # noqa: SIM905
+)
+"""Words of the syntax that are not reserved: functions may be called so."""
 
 
 def is_syntax(word: str) -> bool:

@@ -14,6 +14,9 @@ import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+MARK: Final = "\x01"
+"""Stands for a literal in a shape. A text may have it, too: outside of its literals it is no SQL, or in a name."""
+
 _STRING: Final = r"'(?:[^']|'')*'"
 _ESCAPED: Final = r"'(?:[^'\\]|\\.|'')*'"
 _GOES_ON: Final = r"[ \t\f\r\v]*\n\s*"

@@ -65,7 +65,8 @@ def _column(ordered: exp.Expr, first: exp.Expr, statement: Statement, *, is_unit
         by = by.this
     outputs: Sequence[exp.Expr] = first.expressions if isinstance(first, exp.Select) else []
     stars = [number for number, one in enumerate(outputs) if isinstance(one, exp.Star) or one.is_star]
-    position = _position(by, first, outputs, statement, may_be_expression=not is_united)
+    is_name = by is ordered.this  # with COLLATE it is an expression, which cannot name outputs
+    position = _position(by, first, outputs, statement, may_be_name=is_name, may_be_expression=not is_united)
     name = ""
     if position is None or (stars and position > stars[0]):
         if not (stars and _is_only_table(first) and isinstance(by, exp.Column)):
@@ -82,13 +83,14 @@ def _position(
     outputs: Sequence[exp.Expr],
     statement: Statement,
     *,
+    may_be_name: bool,
     may_be_expression: bool,
 ) -> int | None:
     if isinstance(by, exp.Literal):
         statement.note_literal()
         text = statement.literals[int(by.this)].text
         return int(text) - 1 if not by.is_string and text.isdigit() and 0 < int(text) <= len(outputs) else None
-    if isinstance(by, exp.Column) and not by.args.get("table"):
+    if may_be_name and isinstance(by, exp.Column) and not by.args.get("table"):
         name = name_of(by.this)
         named = [n for n, one in enumerate(outputs) if _name(one) == name]
         if named:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from router.statements.actions import SYNTAX_ERROR, Action, Part, Plan, Planned, Refusal
-from router.statements.lexer import Cut, cut, text_of, tokens
+from router.statements.actions import NOT_SUPPORTED, SYNTAX_ERROR, Action, Part, Plan, Planned, Refusal
+from router.statements.lexer import MARK, Cut, cut, text_of, tokens
 from router.statements.planning import plan_of
 from router.statements.tables import Tables
 
@@ -38,13 +38,15 @@ class Plans:
         if planned is None:
             text = text_of(data)
             shape = cut(text)
-            plan = self._shapes.get(shape.shape) or self._older_shapes.get(shape.shape)
+            # A mark that is the text's own stands for no literal: another text of this shape may be another statement.
+            is_plain = shape.shape.count(MARK) == len(shape.literals)
+            plan = self._shapes.get(shape.shape) or self._older_shapes.get(shape.shape) if is_plain else None
             if plan is None:
                 self.misses += 1
                 plan = self._plan(text, shape)
             else:
                 self.shape_hits += 1
-            if not plan.needs_literals:
+            if is_plain and not plan.needs_literals:
                 self._keep_shape(shape.shape, plan)
             planned = Planned(plan, shape.literals, data)
         else:
@@ -69,6 +71,8 @@ class Plans:
         count = sum(token.literal >= 0 for token in found)
         if shape.is_odd or count != len(shape.literals) or any(token.kind == "odd" for token in found):
             return _refused(SYNTAX_ERROR, "a string, identifier or comment has no end, or comments nest too deeply")
+        if any(token.kind == "identifier" and token.text[0] != '"' for token in found):
+            return _refused(NOT_SUPPORTED, 'the router reads no identifiers of the kind U&"…"', 'write the name in "…"')
         try:
             return plan_of(text, found, shape.literals, self._tables)
         except RecursionError:  # what sqlglot or our own walk cannot hold, PostgreSQL may: max_stack_depth is larger
@@ -81,6 +85,6 @@ TEXT_BYTES_MAX = 65_536
 """Longer texts are hardly sent twice, and would fill the memory."""
 
 
-def _refused(sqlstate: str, message: str) -> Plan:
-    refusal = Refusal(sqlstate, message)
+def _refused(sqlstate: str, message: str, hint: str | None = None) -> Plan:
+    refusal = Refusal(sqlstate, message, hint)
     return Plan((Part(Action.REFUSED, refusal=refusal),), needs_literals=True)

@@ -34,6 +34,22 @@ _SEVERAL: Final = "the statement names no single key, and cannot be answered by 
 _KEY_HINT: Final = "compare the key of every split table with a constant, or join it with one that is"
 _NAME_IT: Final = "say whose it is: /* shardmove: key=… */ before the statement, or SET shardmove.key"
 
+_SYSTEM_COLUMNS: Final = frozenset({"ctid", "xmin", "xmax", "cmin", "cmax", "tableoid"})
+_UNEQUAL_CALLS: Final = frozenset(
+    """
+    age any_value array_agg current_database current_setting inet_server_addr inet_server_port json_agg
+    json_agg_strict json_arrayagg json_object_agg json_objectagg jsonb_agg jsonb_agg_strict jsonb_object_agg
+    string_agg version xmlagg
+    """.split()  # noqa: SIM905
+)
+"""Besides those that differ at every call: servers' own, and aggregates whose result depends on the rows' order."""
+_UNEQUAL_WORDS: Final = frozenset(
+    """
+    CURRENT_CATALOG CURRENT_DATE FETCH LIMIT OFFSET OVER REGCLASS REGOPER REGOPERATOR REGPROC REGPROCEDURE REGTYPE
+    REGROLE REGNAMESPACE TABLESAMPLE
+    """.split()  # noqa: SIM905
+)
+
 
 def query_part(statement: Statement) -> Part:
     """Never raises for what a client wrote."""
@@ -142,13 +158,25 @@ class Walk(Writing):
         if any(split is None or split.column is not None for split in self.written) or splits or self.names_home:
             why = "a write of a reference table goes to every shard, and not all have what else it names"
             return Part(Action.REFUSED, refusal=Refusal(NOT_SUPPORTED, why, "write the values themselves"), **common)
-        words = {token.word for token in self.statement.tokens}
-        unequal = sorted(self.unknown_calls | {call for call in self.calls if call in UNEQUAL})
-        unequal += sorted(words & UNEQUAL_WORDS)
+        unequal = self._unequal()
         if unequal or self.tree.is_current_of:
             why = f"a reference table is written on every shard, where {', '.join(unequal) or 'a cursor'} may differ"
             return Part(Action.REFUSED, refusal=Refusal(NOT_SUPPORTED, why, "send the value itself"), **common)
         return Part(Action.REFERENCE_WRITE, **common)
+
+    def _unequal(self) -> list[str]:
+        """What may be another on every shard: values, and which of a reference table's rows are taken."""
+        tokens = self.statement.tokens
+        unequal = sorted(self.unknown_calls | {call for call in self.calls if call in UNEQUAL | _UNEQUAL_CALLS})
+        unequal += sorted({token.word for token in tokens} & (UNEQUAL_WORDS | _UNEQUAL_WORDS))
+        unequal += sorted({token.name for token in tokens if token.kind in ("word", "identifier")} & _SYSTEM_COLUMNS)
+        if self.locks_rows:
+            unequal.append("a lock")
+        if self.names_catalog:
+            unequal.append("a catalog")
+        if any(one.args.get("on") is not None for one in self.tree.root.find_all(exp.Distinct)):
+            unequal.append("DISTINCT ON")
+        return unequal
 
     def _keyed(self, common: dict[str, Any], rows: Rows | None) -> Part:
         places = places_of(self.statement, self.tree, self.refs) if not self.written else None
@@ -195,6 +223,8 @@ class Walk(Writing):
             return "it locks rows"
         if self.obstacle is not None:
             return self.obstacle
+        if len({leaf.split.keyspace.name for leaf in self.leaves}) > 1:
+            return "it names tables of several keyspaces, and rows of one key may be on two shards"
         if self.unknown_calls:
             return f"nothing is known of the function {min(self.unknown_calls)}"
         if self.is_unsure:

@@ -18,9 +18,11 @@ from router.statements.trees import (
     bare,
     columns_of,
     flat,
+    has_row_of_none,
     in_window,
     is_aggregate,
     is_arm,
+    is_cut_unordered,
     is_of_outer,
     names_query,
     output_name,
@@ -67,6 +69,8 @@ class Reading(Conditions):
             case exp.Subquery():
                 return self._subquery(node, scope, context, is_top=is_top, is_level=is_level, is_result=is_result)
             case exp.Values():
+                if is_result:
+                    self.obstacle = self.obstacle or "it has VALUES"
                 return self.values_rows(node, scope, context or Context())
             case _:
                 raise Unplannable("the router cannot read a part of the statement")
@@ -124,10 +128,11 @@ class Reading(Conditions):
             self.facts(condition.this, scope, where)
         self._expressions_of(node, scope, from_.group)
         self.locks(node)
-        outputs, columns = self.outputs_of(node, scope, from_.group)
+        facts = Context() if self.is_unsure or has_row_of_none(node, scope) else from_.group
+        outputs, columns = self.outputs_of(node, scope, facts)
         inside = self.inside[marks:]
         del self.inside[marks:]
-        rows = Rows(outputs, columns, from_.required, from_.others + inside, from_.group)
+        rows = Rows(outputs, columns, from_.required, from_.others + inside, facts)
         if is_level:
             self.levels.append(self._level(node, scope, rows, from_, is_top=is_top, is_result=is_result))
         return rows
@@ -169,13 +174,29 @@ class Reading(Conditions):
         distinct = node.args.get("distinct")
         if distinct is not None:
             on = distinct.args.get("on")
-            columns = flat(on) if on is not None else [bare(one) for one in node.expressions]
-            level.groups.append([scope.resolve(one) for one in columns])
+            if on is not None:
+                level.groups.append([self._distinct_on(one, node, scope) for one in flat(on)])
+            else:
+                level.groups.append([scope.resolve(bare(one)) for one in node.expressions])
         if node.args.get("offset") is not None:
             level.obstacle = level.obstacle or "it has OFFSET"
         if node.args.get("limit") is not None and not is_top:
             level.obstacle = level.obstacle or "it has LIMIT in a part of it"
+        if node.args.get("order") is not None and not is_top and is_cut_unordered(self.tree.root):
+            level.obstacle = level.obstacle or "it has LIMIT outside of ORDER BY"
         return level
+
+    def _distinct_on(self, one: exp.Expr, node: exp.Select, scope: Scope) -> Node | None:
+        """DISTINCT ON (name) means the output of that name before a column."""
+        if not isinstance(one, exp.Column) or one.args.get("table"):
+            return scope.resolve(one)
+        outputs = [e for e in node.expressions if not e.is_star]
+        named = [e for e in outputs if output_name(e) == name_of(one.this)]
+        if named:
+            return scope.resolve(bare(named[0])) if len(named) == 1 else None
+        has_unknown = any(output_name(e) is None for e in outputs)
+        has_unknown = has_unknown or (len(outputs) < len(node.expressions) and len(scope.refs) > 1)
+        return None if has_unknown else scope.resolve(one)
 
     def _grouped(self, one: exp.Expr, node: exp.Select, scope: Scope) -> Node | None:
         """GROUP BY 2 means the second output."""

@@ -25,7 +25,7 @@ def is_of_outer(node: exp.Expr, scope: Scope) -> bool:
     """An aggregate over nothing but an outer query's columns is that query's."""
     names = {ref.name for ref in scope.refs}
     columns = [one.args.get("table") for one in node.find_all(exp.Column) if parameter_of(one) is None]
-    return bool(columns) and all(table is not None and name_of(table) not in names for table in columns)
+    return bool(columns) and all(not names if table is None else name_of(table) not in names for table in columns)
 
 
 def in_window(node: exp.Expr) -> bool:
@@ -64,6 +64,41 @@ def can_push(node: exp.Expr) -> bool:
         return False
     own = (n for one in own_expressions(node) for n in own_nodes(one))
     return not any(isinstance(n, exp.Window) or is_aggregate(n) or is_unknown(n) for n in own)
+
+
+def has_row_of_none(node: exp.Select, scope: Scope) -> bool:
+    """Whether it may have a row where WHERE holds for none: an aggregate without groups, or with the empty one."""
+    if node.args.get("group") is None and any(_is_own_column(bare(one), scope) for one in node.expressions):
+        return False  # each of its rows is a row of FROM, or PostgreSQL refuses it
+    group = node.args.get("group")
+    if group is not None:
+        return any(value for name, value in group.args.items() if name != "expressions") or any(
+            isinstance(one, (exp.Rollup, exp.Cube, exp.GroupingSets))
+            or (isinstance(one, exp.Tuple) and not one.expressions)
+            for one in group.expressions
+        )
+    own = (n for one in own_expressions(node) for n in own_nodes(one))
+    return node.args.get("having") is not None or any(
+        (is_aggregate(n) or is_unknown(n)) and not in_window(n) for n in own
+    )
+
+
+def _is_own_column(one: exp.Expr, scope: Scope) -> bool:
+    """A column of one of the tables here, or all of them; False where that is not certain."""
+    if not isinstance(one, (exp.Column, exp.Star)):
+        return False
+    table = one.args.get("table")
+    refs = [ref for ref in scope.refs if table is None or ref.name == name_of(table)]
+    if one.is_star:
+        return any(ref.columns for ref in refs)
+    return bool(refs) if table is not None else any(name_of(one.this) in ref.columns for ref in refs)
+
+
+def is_cut_unordered(root: exp.Expr) -> bool:
+    """LIMIT of the whole statement, of rows in the order that a sub-select gave them."""
+    while isinstance(root, exp.Subquery) and not has_tail(root):
+        root = root.this
+    return root.args.get("limit") is not None and root.args.get("order") is None
 
 
 def is_unknown(node: exp.Expr) -> bool:

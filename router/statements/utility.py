@@ -440,6 +440,12 @@ def _ddl(s: Statement) -> Part:
         )
     if words == ("CREATE", "MATERIALIZED", "VIEW") and keyspaces:
         return _refused_with(s, "a materialized view of a split table", _PARTIAL)
+    if keyspaces and _has_view(s):
+        return _refused_with(
+            s,
+            "a view of a split table would be read on the home shard only",
+            "query the table itself, or create the view on each shard directly",
+        )
     return Part(
         Action.DDL,
         is_write=True,
@@ -454,6 +460,14 @@ def _is_temporary(s: Statement) -> bool:
     position = 3 if s.words(1, 2) == ("OR", "REPLACE") else 1
     position += s.word(position) in ("GLOBAL", "LOCAL")
     return s.word(0) == "CREATE" and s.word(position) in ("TEMP", "TEMPORARY")
+
+
+def _has_view(s: Statement) -> bool:
+    """CREATE [OR REPLACE] [RECURSIVE] VIEW, and CREATE SCHEMA with views in it."""
+    position = 3 if s.words(1, 2) == ("OR", "REPLACE") else 1
+    position += s.word(position) == "RECURSIVE"
+    is_schema = s.word(1) == "SCHEMA" and any(s.words(n, 2) == ("CREATE", "VIEW") for n in range(2, len(s.tokens)))
+    return s.word(0) == "CREATE" and (s.word(position) == "VIEW" or is_schema)
 
 
 def _has_query(s: Statement) -> bool:

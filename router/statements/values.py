@@ -85,10 +85,11 @@ def keys_of(
     _require_decodable(literal.text, facts)
     if term.is_array:
         elements = array_elements(literal.text)
-        return [key for text in elements if text is not None for key in _of_text(text, term, key_type, facts)]
+        texts = (text for text in elements if text is not None)
+        return [key for text in texts for key in _of_text(text, term, key_type, facts, is_assigned)]
     if term.is_negative:
         raise unreadable("the minus before a string")
-    return _of_text(literal.text, term, key_type, facts)
+    return _of_text(literal.text, term, key_type, facts, is_assigned)
 
 
 def _of_number(text: str, term: Term, key_type: KeyType, is_assigned: bool) -> Sequence[Key]:
@@ -142,9 +143,11 @@ def _check_casts(term: Term, harmless: frozenset[str]) -> None:
             raise unreadable(f"the cast to {cast}")
 
 
-def _of_text(text: str, term: Term, key_type: KeyType, facts: Facts) -> Sequence[Key]:
+def _of_text(text: str, term: Term, key_type: KeyType, facts: Facts, is_assigned: bool) -> Sequence[Key]:
     """Of a string, which PostgreSQL reads as the first type it is cast to, or as the key's own."""
     _check_casts(term, _FAMILY_OR_TEXT[key_type])
+    if is_assigned and key_type is KeyType.TEXT and text.endswith(" "):
+        raise unreadable(f"{text[:40]!r} ends in a blank, which a column of varchar(n) may leave out")
     return _READ[key_type](text, key_type, term, facts)
 
 
@@ -288,7 +291,7 @@ def _of_parameter(
         ):
             return _fast_integer(int(data), key_type, term)
         return _of_parameter_text(data, oid, term, key_type, facts, is_assigned)
-    return _of_parameter_bytes(data, oid, term, key_type, facts)
+    return _of_parameter_bytes(data, oid, term, key_type, facts, is_assigned)
 
 
 def _fast_integer(value: int, key_type: KeyType, term: Term) -> Sequence[Key]:
@@ -330,13 +333,13 @@ def _of_typed_text(
     if name is None or (name and name not in _FAMILY[key_type] and not _is_text_cast(name, term)):
         raise unreadable(f"a parameter of type {name or oid} where the key is of type {key_type}")
     if name == "" and term.is_shared:
-        _require_same_everywhere(text, key_type)
+        _require_same_everywhere(text, key_type, is_converted=is_assigned or bool(term.casts))
     if name == "numeric":
         bare = text.strip(_SPACE)
         if not _NUMERIC.fullmatch(bare):
             raise unreadable(f"{text!r} as a number")
         return _integer(bare, term, key_type, is_assigned)
-    return _of_text(text, term, key_type, facts)
+    return _of_text(text, term, key_type, facts, is_assigned)
 
 
 def _is_text_cast(name: str, term: Term) -> bool:
@@ -344,13 +347,16 @@ def _is_text_cast(name: str, term: Term) -> bool:
     return name in ("text", "varchar") and bool(term.casts)
 
 
-def _require_same_everywhere(text: str, key_type: KeyType) -> None:
-    """A parameter of no declared type takes it from where it stands first, which may not be the key."""
+def _require_same_everywhere(text: str, key_type: KeyType, *, is_converted: bool) -> None:
+    """A parameter of no declared type takes it from where it stands first, which may not be the key.
+
+    As a real, integers of up to seven digits are themselves; a number that is cast to text, or stored as one, is not.
+    """
     is_same = True
     if key_type in INTEGERS:
-        is_same = len(text) <= 15
+        is_same = len(text) <= 7
     elif key_type is KeyType.TEXT:
-        is_same = not text.endswith(" ") and len(text) < 64
+        is_same = not is_converted and not text.endswith(" ") and len(text) < 64
     elif key_type is KeyType.TIMESTAMPTZ:
         is_same = False
     if not is_same:
@@ -361,11 +367,13 @@ _SHORT, _LONG, _LONG_LONG = Struct("!h").unpack, Struct("!i").unpack, Struct("!q
 _INTEGER_UNPACK: Final[Mapping[int, Callable[[bytes], tuple[Any, ...]]]] = {2: _SHORT, 4: _LONG, 8: _LONG_LONG}
 
 
-def _of_parameter_bytes(data: bytes, oid: int, term: Term, key_type: KeyType, facts: Facts) -> Sequence[Key]:
+def _of_parameter_bytes(
+    data: bytes, oid: int, term: Term, key_type: KeyType, facts: Facts, is_assigned: bool
+) -> Sequence[Key]:
     elements = _binary_elements(data) if term.is_array else [(oid or _implied_oid(term, key_type), data)]
     keys: list[Key] = []
     for element_oid, element in elements:
-        keys.extend(_of_bytes(element, element_oid, term, key_type, facts))
+        keys.extend(_of_bytes(element, element_oid, term, key_type, facts, is_assigned))
     return keys
 
 
@@ -375,7 +383,7 @@ def _implied_oid(term: Term, key_type: KeyType) -> int:
     return OID_OF.get(term.casts[0], -1) if term.casts else OID_OF[key_type]
 
 
-def _of_bytes(data: bytes, oid: int, term: Term, key_type: KeyType, facts: Facts) -> Sequence[Key]:
+def _of_bytes(data: bytes, oid: int, term: Term, key_type: KeyType, facts: Facts, is_assigned: bool) -> Sequence[Key]:
     name = _OIDS.get(oid)
     if name is None or (name not in _FAMILY[key_type] and not _is_text_cast(name, term)) or name == "numeric":
         raise unreadable(f"a binary parameter of type {name or oid} where the key is of type {key_type}")
@@ -388,7 +396,7 @@ def _of_bytes(data: bytes, oid: int, term: Term, key_type: KeyType, facts: Facts
     if name in ("text", "varchar"):
         text = data.decode("utf-8", "surrogateescape")
         _require_decodable(text, facts)
-        return _of_text(text, term, key_type, facts)
+        return _of_text(text, term, key_type, facts, is_assigned)
     return _BINARY[oid](data)
 
 

@@ -86,11 +86,12 @@ class Writing(Reading):
         inner = Scope(scope)
         ref = Ref(alias or name_of(table.this), columns, None, split, alias is not None)
         inner.refs.append(ref)
-        rows = self._returning(node, inner, context)
         conflict = node.args.get("conflict")
         if conflict is not None:
             self._conflict(conflict, split, ref, inner, context)
-        return rows
+            if split is not None and not _keeps_key(conflict, split):
+                ref.columns = {}  # RETURNING gives the row that was there, whose key may be another
+        return self._returning(node, inner, context)
 
     def _insert_source(self, source: Any, scope: Scope) -> Rows | None:
         if source is None:
@@ -198,6 +199,8 @@ class Writing(Reading):
             from_.walk_items([source.this])
         self._where(node, scope, where)
         self._assignments(node.expressions, split, scope, from_.group, kept=set(ref.columns.values()))
+        if split is not None and split.column in _targets(node.expressions):
+            ref.columns, ref.outputs = {}, None  # what is known is known of the old key; RETURNING gives the new one
         return self._returning(node, scope, from_.group)
 
     def _delete(self, node: exp.Delete, scope: Scope) -> Rows:
@@ -259,3 +262,16 @@ class Writing(Reading):
         if position >= len(values):
             raise Unplannable(f"MERGE does not give the key {split.column}", GIVE_KEY)
         self._assign_key(values[position], split, scope, source, kept=set())
+
+
+def _targets(sets: Sequence[exp.Expr]) -> set[str]:
+    """The columns that SET lists give values."""
+    return {name_of(target.this) for one in sets for target in flat(one.this) if isinstance(target, exp.Column)}
+
+
+def _keeps_key(conflict: exp.Expr, split: Split) -> bool:
+    """Whether a row that ON CONFLICT updates has, and keeps, the key of the one that was to be inserted."""
+    sets = conflict.args.get("expressions") or []
+    columns = [one.this for one in conflict.args.get("conflict_keys") or [] if isinstance(one, exp.Ordered)]
+    names = {name_of(one.this) for one in columns if isinstance(one, exp.Column)}
+    return not sets or split.column in names - _targets(sets)
