@@ -83,6 +83,7 @@ class LeaseSession(Session):
             "UPDATE shardmove_catalog.lease SET holder = NULL WHERE move_id = %s AND number = %s",
             (move_id, number),
         )
+        self._rows("SELECT pg_advisory_unlock_all()")  # a closed connection's backend may keep the lock for a moment
 
 
 class Lease:
