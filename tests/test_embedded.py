@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -126,8 +125,9 @@ def test_a_server_starts_again_while_orphans_of_its_dead_postmaster_live(cluster
     with psycopg.connect(server.dsn) as connection:
         orphan = psutil.Process(connection.info.backend_pid)
         orphan.suspend()
-        assert server.pid is not None
-        os.kill(server.pid, signal.SIGKILL)
+        postmaster = psutil.Process(server.pid)
+        postmaster.kill()
+        postmaster.wait(PATIENCE_S)
         with ThreadPoolExecutor(1) as pool:
             started = pool.submit(server.start)
             wait_until(lambda: "pre-existing shared memory block" in server.log.read_text())
