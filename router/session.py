@@ -351,6 +351,7 @@ class Session(asyncio.Protocol):
         """Begins it. What it returns: whether the client's next message can be looked at after it."""
         self.is_blocked = True
         self.task = asyncio.get_running_loop().create_task(self._guarded(work))
+        self.task.add_done_callback(lambda _: work.close())  # a client may leave before its first step
 
     async def _guarded(self, work: Coroutine[Any, Any, bool]) -> None:
         """Runs what has to wait; whatever it raises becomes an error for the client, and the session goes on."""

@@ -173,6 +173,8 @@ def test_a_client_sees_no_difference_while_its_rows_move(moving: Moving, name: s
     script = SCRIPTS[name]
     if way == "bytes" and sum(len(step) for step in script if isinstance(step, bytes)) > BIG:
         pytest.skip("too long to send byte by byte")
+    if any(isinstance(step, bytes) and b"1/(" in step for step in script):
+        pytest.skip("which rows come before the error is the plan's choice")
     if way != "steps" and name in ONLY_IN_STEPS:
         way = "steps"
     compare(moving, name, script, way)
