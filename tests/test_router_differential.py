@@ -35,9 +35,8 @@ from psycopg.conninfo import conninfo_to_dict
 from shardmove.postgres.embedded import Cluster
 from shardmove.wire import messages as wire
 from tests.support.rawclient import RawClient, told
-from tests.support.routed import SCHEMA, Routed
-from tests.support.router import Router, Routers
-from tests.support.servers import Databases
+from tests.support.routed import SCHEMA, Routed, standing
+from tests.support.router import Router
 
 RANDOM: Final = int(os.environ.get("SHARDMOVE_PROTOCOL", "40"))
 SEED: Final = os.environ.get("SHARDMOVE_SEED", "1") if "SHARDMOVE_PROTOCOL" in os.environ else "1"
@@ -334,18 +333,13 @@ class Field:
 
 @pytest.fixture(scope="module")
 def field(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
-    databases = Databases(servers)
-    directory = tmp_path_factory.mktemp("differential")
-    with Routers(directory) as routers:
-        routed = Routed(databases, directory, routers)
-        bare = databases("s1")["s1"]
+    with standing(servers, tmp_path_factory.mktemp("differential")) as routed:
+        bare = routed.databases("s1")["s1"]
         routed.execute("s1", ALIKE)
         with psycopg.connect(bare, autocommit=True) as connection:
             connection.execute((SCHEMA + ALIKE).encode())
         routers_of = {pooling: routed.router(pooling=pooling) for pooling in ("session", "transaction")}
         yield Field(routed, servers["s1"].port, bare, routers_of)
-        routers.check()
-    databases.drop()
 
 
 def play(door: tuple[int, str], script: Script, way: str) -> list[str]:

@@ -16,9 +16,8 @@ from router.units import Change, surviving
 from shardmove.postgres.embedded import Cluster
 from shardmove.wire import messages as wire
 from tests.support.rawclient import RawClient, codes, values
-from tests.support.routed import Routed
-from tests.support.router import Router, Routers
-from tests.support.servers import Databases
+from tests.support.routed import Routed, standing
+from tests.support.router import Router
 from tests.test_router_protocol import HERE, P, Q, S, bound, connect
 
 READ_ITEMS = f"SELECT count(*) FROM items WHERE tenant_id = {HERE}"
@@ -27,10 +26,7 @@ READ_ITEMS = f"SELECT count(*) FROM items WHERE tenant_id = {HERE}"
 @pytest.fixture(scope="module")
 def shared(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Routed, Router, Router]]:
     """A router with one connection for all clients, and one that keeps a connection for each."""
-    databases = Databases(servers)
-    directory = tmp_path_factory.mktemp("leaks")
-    with Routers(directory) as routers:
-        routed = Routed(databases, directory, routers)
+    with standing(servers, tmp_path_factory.mktemp("leaks")) as routed:
         routed.execute("s1", "DROP ROLE IF EXISTS leaks_limited")
         routed.execute("s1", "CREATE ROLE leaks_limited LOGIN")
         routed.execute(
@@ -43,8 +39,6 @@ def shared(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         kept = routed.router(pooling="session")
         yield routed, one, kept
         routed.execute("s1", "DROP ROLE leaks_limited")
-        routers.check()
-    databases.drop()
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ import pytest
 from shardmove.postgres.embedded import Cluster
 from shardmove.wire import messages as wire
 from tests.support.rawclient import RawClient, codes, values
-from tests.support.routed import Routed
-from tests.support.router import Router, Routers
-from tests.support.servers import Databases
+from tests.support.routed import Routed, standing
+from tests.support.router import Router
 from tests.test_router_protocol import HERE, THERE, Q, S, bound, connect, until, until_settled
 
 CLIENTS = 12
@@ -21,17 +20,12 @@ CLIENTS = 12
 @pytest.fixture(scope="module")
 def pooled(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Routed, Router, Router]]:
     """Two routers over the same shards: one with two connections for each, one that does not wait long for one."""
-    databases = Databases(servers)
-    directory = tmp_path_factory.mktemp("pool")
-    with Routers(directory) as routers:
-        routed = Routed(databases, directory, routers)
+    with standing(servers, tmp_path_factory.mktemp("pool")) as routed:
         for shard, tenant in (("s1", HERE), ("s2", THERE)):
             routed.execute(shard, f"INSERT INTO items (tenant_id, id, note) VALUES ({tenant}, 1, '{shard}')")
         shared = routed.router(pooling="transaction", servers_max=2)
         hasty = routed.router(pooling="transaction", servers_max=2, queue_timeout_s=0.3)
         yield routed, shared, hasty
-        routers.check()
-    databases.drop()
 
 
 def read(tenant: int, what: str = "note") -> bytes:

@@ -22,9 +22,8 @@ from shardmove.postgres.embedded import Cluster
 from shardmove.wire import messages as wire
 from tests.support import engine
 from tests.support.rawclient import RawClient, codes, sqlstates, status, told, values
-from tests.support.routed import SPLIT_AT, Routed
-from tests.support.router import Router, Routers
-from tests.support.servers import Databases
+from tests.support.routed import SPLIT_AT, Routed, standing
+from tests.support.router import Router
 
 MUTATED: Final = int(os.environ.get("SHARDMOVE_PROTOCOL", "40"))
 BOUND_S: Final = float(os.environ.get("SHARDMOVE_PROTOCOL_BOUND_S", "20"))
@@ -40,10 +39,7 @@ until = partial(engine.until, timeout_s=BOUND_S)
 
 @pytest.fixture(scope="module")
 def both(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Routed, dict[str, Router]]]:
-    databases = Databases(servers)
-    directory = tmp_path_factory.mktemp("protocol")
-    with Routers(directory) as routers:
-        routed = Routed(databases, directory, routers)
+    with standing(servers, tmp_path_factory.mktemp("protocol")) as routed:
         for shard in ("s1", "s2"):
             routed.execute(shard, "CREATE TABLE note (a integer, b text)")
         yield (
@@ -53,8 +49,6 @@ def both(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 "transaction": routed.router(pooling="transaction", servers_max=2, queue_timeout_s=BOUND_S),
             },
         )
-        routers.check()
-    databases.drop()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from shardmove.postgres.embedded import Cluster
 from shardmove.wire import messages as wire
 from tests.support import engine
 from tests.support.rawclient import RawClient, codes, status, told
-from tests.support.routed import SPLIT_AT, Routed
+from tests.support.routed import SPLIT_AT, Routed, standing
 from tests.support.router import Router, Routers
 from tests.support.servers import Databases
 from tests.support.world import World
@@ -46,17 +46,13 @@ def insert(tenant: int) -> str:
 
 @pytest.fixture(scope="module")
 def both(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Routed, dict[str, Router]]]:
-    databases = Databases(servers)
-    directory = tmp_path_factory.mktemp("scripts")
-    with Routers(directory) as routers:
-        routed = Routed(databases, directory, routers)
+    with standing(servers, tmp_path_factory.mktemp("scripts")) as routed:
         for shard in ("s1", "s2"):
             routed.execute(
                 shard,
                 "CREATE PROCEDURE ins(k int) LANGUAGE sql AS $$ INSERT INTO items (tenant_id, id) VALUES (k, 1) $$",
             )
         yield routed, {pooling: routed.router(pooling=pooling) for pooling in ("session", "transaction")}
-    databases.drop()
 
 
 @pytest.fixture
@@ -184,13 +180,8 @@ shard = "s2"
 
 @pytest.fixture(scope="module")
 def timed(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Timed, dict[str, Router]]]:
-    databases = Databases(servers)
-    directory = tmp_path_factory.mktemp("timed")
-    with Routers(directory) as routers:
-        timed = Timed(databases, directory, routers)
+    with standing(servers, tmp_path_factory.mktemp("timed"), Timed) as timed:
         yield timed, {pooling: timed.router(pooling=pooling) for pooling in ("session", "transaction")}
-        routers.check()
-    databases.drop()
 
 
 @pytest.fixture(params=["session", "transaction"])

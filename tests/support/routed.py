@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import psycopg
 import pytest
 
 from shardmove.catalog.store import Catalog
 from shardmove.config import load
+from shardmove.postgres.embedded import Cluster
 from tests.support.router import Router, Routers
 from tests.support.servers import Databases, connect
 
@@ -33,6 +36,7 @@ class Routed:
     """The shards, and routers over them: `routed.router(pooling="transaction")`."""
 
     def __init__(self, databases: Databases, directory: Path, routers: Routers) -> None:
+        self.databases = databases
         self.dsns = databases("cat", "s1", "s2")
         self.directory = directory
         self._routers = routers
@@ -75,6 +79,19 @@ shard = "s2"
     def dbname(self) -> str:
         """The databases of all shards have the same name."""
         return str(psycopg.conninfo.conninfo_to_dict(self.dsns["s1"])["dbname"])
+
+
+Site = TypeVar("Site", bound=Routed)
+
+
+@contextmanager
+def standing(servers: Cluster, directory: Path, make: type[Site] = Routed) -> Iterator[Site]:  # type: ignore[assignment]
+    """For the tests of a whole module. At the end none of its routers has met an error of its own."""
+    databases = Databases(servers)
+    with Routers(directory) as routers:
+        yield make(databases, directory, routers)
+        routers.check()
+    databases.drop()
 
 
 @pytest.fixture
