@@ -36,6 +36,8 @@ RATE: Final = 40.0
 HALF_OPEN_S: Final = 2.2
 LATE_S: Final = 0.8
 STOPPED_ATTENDANT_S: Final = 2.0
+ATTENDED_S: Final = 20.0
+"""An attendant only fills the gaps that a command leaves: it is the more sure to come by after it, before the next."""
 BUG_WORDS: Final = ("Traceback", "this is a bug of shardmove")
 HELD_NOTHING: Final = frozenset(
     (
@@ -345,7 +347,8 @@ class _Run:
         while True:
             is_last = passed + 1 == spec.nth
             stops = not (is_last and order == "error")
-            pid = self._await_taken(faults, spec.point, command, stops=stops)
+            comes_later = spec.role == ATTENDANT and spec.step + 1 < len(self.scenario.steps)
+            pid = self._await_taken(faults, spec.point, command, stops=stops, after_s=ATTENDED_S if comes_later else 0)
             if pid is None:
                 with suppress(FileNotFoundError):
                     (faults / spec.point).unlink()
@@ -362,11 +365,20 @@ class _Run:
             _order(faults, spec.point, order if passed + 1 == spec.nth else "pause")
             wake(pid)
 
-    def _await_taken(self, faults: Path, point: str, command: Command, *, stops: bool) -> int | None:
-        """The process that took the order, once it stands still; None where the command ended without."""
+    def _await_taken(
+        self, faults: Path, point: str, command: Command, *, stops: bool, after_s: float = 0.0
+    ) -> int | None:
+        """The process that took the order, once it stands still; None where it did not come by.
+
+        Args:
+            after_s: for how long after the command's end it may still come.
+        """
         deadline = time.monotonic() + BOUND_S
+        last_chance: float | None = None
         while True:
-            has_ended = command.ended.is_set()
+            if last_chance is None and command.ended.is_set():
+                last_chance = time.monotonic() + after_s
+            has_ended = last_chance is not None and time.monotonic() >= last_chance
             for path in faults.glob(f"{point}.taken.*"):
                 pid = int(path.name.rpartition(".")[2])
                 try:
@@ -380,9 +392,9 @@ class _Run:
                 return pid
             if has_ended:
                 return None
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and last_chance is None:
                 raise TimeoutError(f"`{command}` neither reached {point} nor ended")
-            command.ended.wait(POLL_S)
+            time.sleep(POLL_S)
 
     def _act(self, spec: Spec, command: Command, pid: int, relay: Relay | None) -> None:
         match spec.victim:

@@ -48,7 +48,7 @@ class Spec:
     """One run.
 
     Attributes:
-        step: the command of the scenario that is struck; with an attendant, while it runs.
+        step: the command of the scenario that is struck; with an attendant, while it runs or before the next one.
         nth: how often the point is reached before.
         server: whose connections are cut.
         late: a server is started only after the process went on; what was stopped goes on only at the end.
