@@ -18,6 +18,7 @@ CELLS: dict[str, str] = {
     "coordinator": "complete:0:command:flip.after:1:coordinator::serve:0",
     "paused": "complete:0:command:flip.before:1:paused::again:0",
     "paused early": "rollback:0:command:arm.before:3:paused::twice:1",
+    "paused, with an attendant alone": "undo:1:command:catch_up.after_giver_snapshot:3:paused::serve:0",
     "error": "undo:1:command:give_away.before:1:error::twice:0",
     "worker": "complete:0:worker:batch.after:2:worker::again:0",
     "worker without its coordinator": "rollback:1:worker:erase.before:2:coordinator::race:1",
@@ -34,15 +35,20 @@ BLIND: dict[str, tuple[str, str]] = {
     "closing": ("complete:0:command:flip.after:1:coordinator::again:0", "rows"),
     "lease of objects": ("complete:0:command:initializing.before_objects:1:paused::again:1", "left over"),
     "one transaction": ("complete:0:worker:batch.before:2:worker::again:0", "failures"),
+    "bounded waits": (CELLS["paused, with an attendant alone"], "failures"),
 }
 """Which mechanism the commands go without, where they are struck, and what has to be seen."""
 
 COMPLETE = ("served", "phases", "create", "takeover", "pause", "mend", "estate")
 """Scenarios that reach all points between them."""
 
-TRIES = 3
+TRIES = 5
+"""A point may be passed unseen, where this process gets no turn, and a twin's damage with it."""
 PATIENCE_S = 3.0
 """Of a twin, which may well come to no end."""
+
+
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +106,15 @@ def test_every_effect_is_struck_before_and_after(recordings: Sequence[Recording]
 @pytest.mark.fault
 @pytest.mark.parametrize("twin", BLIND)
 def test_the_campaign_sees_what_a_missing_mechanism_does(ground: Ground, twin: str) -> None:
-    word, damage = BLIND[twin]
-    result = play(ground, Spec.parse(word), twin=twin, patience_s=PATIENCE_S)
-    assert result.hit
-    found = {"rows": result.lost + result.different, "left over": len(result.left), "failures": len(result.failures)}
-    assert found[damage], f"without {twin} the run ended as well as with it"
     assert set(BLIND) == set(TWINS)
+    word, damage = BLIND[twin]
+    for _ in range(TRIES):
+        result = play(ground, Spec.parse(word), twin=twin, patience_s=PATIENCE_S)
+        found = {
+            "rows": result.lost + result.different,
+            "left over": len(result.left),
+            "failures": len(result.failures),
+        }
+        if result.hit and found[damage]:
+            return
+    pytest.fail(f"without {twin} the run ended as well as with it: {told(result)}")

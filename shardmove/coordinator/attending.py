@@ -109,6 +109,8 @@ class Attendant(threading.Thread):
             done = mirror.catch_up(rows_max=self.config.limits.mirror_rows)
         except MirrorRefused:
             return PAUSE_IDLE_S  # between two states: the catalog is looked at again soon
+        except psycopg.errors.LockNotAvailable:
+            return 0.0  # another catch-up is at it, perhaps of a coordinator that stands still in it: is that one dead?
         if time.monotonic() - self._marked > MARK_EVERY_S:
             self._marked = time.monotonic()
             with suppress(ShardmoveError):  # the mark is for `status` only
@@ -124,7 +126,12 @@ class Attendant(threading.Thread):
             known = None
         if known is None and move.state in MIRRORED:
             dsn = {shard: self.config.shard_dsn(shard) for shard in (move.source, move.target)}
-            return Mirror.open(move, move.flow, None, dsn)
+            known = Mirror.open(move, move.flow, None, dsn)
+            try:
+                known.bound_waits(int(LOOK_EVERY_S * 1000), locks_only=True)
+            except BaseException:
+                known.close()
+                raise
         return known
 
     # --- attempts

@@ -175,10 +175,13 @@ class Mirror:
         while self.catch_up(rows_max=rows_max).keys >= rows_max:
             check()
 
-    def bound_waits(self, timeout_ms: int) -> None:
-        """From now on no lock is waited for, and no statement runs, for longer than that on either side."""
+    def bound_waits(self, timeout_ms: int, *, locks_only: bool = False) -> None:
+        """From now on no lock is waited for, and no statement runs, for longer than that on either side.
+
+        `locks_only`: statements may take their time.
+        """
         for connection in (self.giver, self.receiver):
-            for setting in ("lock_timeout", "statement_timeout"):
+            for setting in ("lock_timeout", "statement_timeout")[: 1 if locks_only else 2]:
                 connection.execute("SELECT pg_catalog.set_config(%s, %s, false)", (setting, f"{timeout_ms}ms"))
 
     def _pass(self, rows_max: int | None, at_snapshot: Callable[[], None]) -> Pass:

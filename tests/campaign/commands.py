@@ -19,7 +19,9 @@ from typing import Any, Final, Self
 from tests.campaign import zygote
 
 ROOT: Final = Path(__file__).parents[2]
-GOODBYE_S: Final = 10.0
+START_S: Final = 90.0
+"""The zygote imports everything before the first command."""
+GOODBYE_S: Final = 30.0
 CODES: Final = (0, 1, 4, 5)
 """How a command may end that was not killed, nor asked something impossible."""
 
@@ -77,6 +79,8 @@ class Zygote:
         self._early: dict[int, int] = {}
         self._pids: queue.Queue[int | None] = queue.Queue()
         self._lock = threading.Lock()
+        self._guard = threading.Lock()
+        """Of what is known of commands: one may end before it has been noted that it began."""
         self._numbers = itertools.count(1)
 
     def __enter__(self) -> Self:
@@ -108,12 +112,13 @@ class Zygote:
         with self._lock:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            pid = self._pids.get(timeout=GOODBYE_S)
+            pid = self._pids.get(timeout=START_S)
             assert pid is not None, "the zygote has ended"
             command = Command(words, pid, out, err)
-            self._commands[pid] = command
-            if pid in self._early:
-                self._end(command, self._early.pop(pid))
+            with self._guard:
+                self._commands[pid] = command
+                if pid in self._early:
+                    self._end(command, self._early.pop(pid))
         return command
 
     def _listen(self) -> None:
@@ -123,11 +128,12 @@ class Zygote:
             if "pid" in news:
                 self._pids.put(news["pid"])
                 continue
-            command = self._commands.pop(news["ended"], None)
-            if command is None:
-                self._early[news["ended"]] = news["status"]
-            else:
-                self._end(command, news["status"])
+            with self._guard:
+                command = self._commands.pop(news["ended"], None)
+                if command is None:
+                    self._early[news["ended"]] = news["status"]
+                else:
+                    self._end(command, news["status"])
         self._pids.put(None)
 
     def _end(self, command: Command, status: int) -> None:

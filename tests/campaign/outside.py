@@ -112,7 +112,7 @@ def left_in_catalog(dsn: str, final: Sequence[str]) -> list[str]:
     return left
 
 
-def left_in_memory(dsns: Mapping[str, str], *, timeout_s: float = 10.0) -> list[str]:
+def left_in_memory(dsns: Mapping[str, str], *, timeout_s: float = 30.0) -> list[str]:
     """Sessions of ours, advisory locks and prepared transactions; those of a dead process are given time to end."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, Final, Self
 
 HOST: Final = "127.0.0.1"
+BOUND_S: Final = 60.0
 _RESET: Final = struct.pack("ii", 1, 0)
 """SO_LINGER for no time at all: closing sends RST."""
 
@@ -28,13 +29,13 @@ class Relay:
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(BOUND_S)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._do(self._close)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(BOUND_S)
         self._loop.close()
 
     def cut(self, name: str) -> int:
@@ -54,7 +55,7 @@ class Relay:
         async def done() -> Any:
             return work()
 
-        return asyncio.run_coroutine_threadsafe(done(), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(done(), self._loop).result(BOUND_S)
 
     async def _listen(self) -> None:
         for name in self._targets:
