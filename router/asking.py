@@ -194,7 +194,7 @@ def _scattered(known: Known, planned: Planned, decision: Decision, session: Sess
 
 def _everywhere(known: Known, planned: Planned, decision: Decision, session: Session) -> Need:
     if len(decision.shards) == 1:
-        return Need(Kind.ROUTED, decision.shards[0], decision.routes, is_write=True)
+        return Need(Kind.ROUTED, decision.shards[0], decision.routes, is_write=True, decision=decision)
     if session.status != IDLE:
         return _refused(
             "0A000",

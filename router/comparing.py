@@ -21,6 +21,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from router import placing
@@ -29,8 +30,11 @@ from router.greeting import ClientLogin
 from router.opening import NoServer
 from router.server import Server, ServerError, ServerLost
 from router.statements import Action, Arguments, Decision, Facts, Planned
-from router.statements.functions import AGGREGATES, SCALAR, UNEQUAL, UNEQUAL_WORDS, is_syntax
+from router.statements.calls import calls_of
+from router.statements.functions import AGGREGATES, SCALAR, UNEQUAL, UNEQUAL_WORDS
 from router.statements.lexer import Token, text_of, tokens
+from router.statements.statement import Statement
+from router.statements.tables import Tables
 from router.statements.values import Unreadable, keys_of
 from router.units import Kind, Unit
 from shardmove.domain.errors import ShardmoveError
@@ -194,14 +198,14 @@ def _case(router: Router, session: Session, unit: Unit) -> _Case | None:
 @lru_cache(maxsize=1000)
 def is_comparable(text: bytes) -> bool:
     """Whether two equal tables give equal answers, as far as a look at the words can say."""
-    found = list(tokens(text_of(text)))
-    for token, following in zip(found, [*found[1:], Token("", "", 0, 0)], strict=True):
+    shown = text_of(text)
+    found = list(tokens(shown))
+    for token, following in pairwise([*found, Token("", "", 0, 0)]):
         word = token.word
         if word in _BY_CHANCE or word in UNEQUAL_WORDS or (word == "DISTINCT" and following.word == "ON"):
             return False
-        if word and following.text == "(" and not is_syntax(word) and not _is_steady(word.lower()):
-            return False
-    return True
+    statement = Statement(shown, found, 0, len(found), (), Tables({}))
+    return all(_is_steady(called) for called in calls_of(statement))
 
 
 def _is_steady(function: str) -> bool:

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-from router import asking, placing, retrying
+from router import asking, placing
 from router.refusing import error_of
 from router.statements import CopyKeys
 from router.statements.values import Unreadable
@@ -143,7 +143,7 @@ class CopyIn:
         except asyncio.CancelledError:
             if (server := session.server) is not None:
                 session.router.in_background(_cancelled(session.router.cancel_at(server)))
-                retrying.drop_server(session)
+                placing.drop(session)
             raise
 
     async def _move(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from router.statements import Action
 from router.units import Change, surviving
 from shardmove.wire.messages import FAILED, IDLE, IN_TRANSACTION
 
@@ -26,6 +27,8 @@ def finish(session: Session, unit: Unit, status: int) -> None:
     if session.watch is not None:
         session.watch.cancel()
         session.watch = None
+    if any(need.decision is not None and need.decision.action is Action.DDL for need in unit.needs):
+        session.router.columns.forget()
     if not unit.failed:
         _note_replay(session, unit, status)
         if status == IDLE and session.router.is_comparing:

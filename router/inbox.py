@@ -22,9 +22,10 @@ class Inbox:
         size: of all of them, in bytes.
         missing: so many bytes are needed before there is a message to look at.
         taken: what is being looked at, message by message, and `at`: the end of the one under way.
+        is_put_back: that one is to be looked at once more, when what is under way is done.
     """
 
-    __slots__ = ("_limits", "at", "missing", "size", "taken", "waiting")
+    __slots__ = ("_limits", "at", "is_put_back", "missing", "size", "taken", "waiting")
 
     def __init__(self, limits: RouterSettings, leftover: bytes) -> None:
         self._limits = limits
@@ -33,6 +34,7 @@ class Inbox:
         self.missing = 0
         self.taken = b""
         self.at = 0
+        self.is_put_back = False
 
     @property
     def ends_unit(self) -> bool:

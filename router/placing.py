@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from router.opening import NoServer
-from router.server import Server, ServerError
+from router.server import Server, ServerError, ServerLost
 from router.units import ANYWHERE, Kind, Need, Refusal, Unit
 from router.variables import IDENTITY
 from shardmove.domain.errors import ShardmoveError
@@ -115,7 +115,10 @@ def default_shard(session: Session) -> str:
 
 
 async def attach(session: Session, unit: Unit) -> None:
-    """Makes `session.server` the connection that the unit needs. Raises Refused, NoServer, ServerError, ServerLost."""
+    """Makes `session.server` the connection that the unit needs. Raises Refused, NoServer, ServerError, ServerLost.
+
+    A read that the target of a move has no connection for goes to the source.
+    """
     began = time.monotonic()
     while True:
         router = session.router
@@ -136,13 +139,32 @@ async def attach(session: Session, unit: Unit) -> None:
             continue
         if server is None:
             view = router.view
-            await _take(session, need)
+            try:
+                async with asyncio.timeout(session.limits.target_patience_s if need.is_at_target else None):
+                    await _take(session, need)
+            except (NoServer, ServerLost, TimeoutError) as error:
+                if not need.is_at_target:
+                    raise
+                router.give_up_target(need, str(error) or "no connection in time")
+                unit.stays_at_source = True
+                drop(session)
+                continue
             if router.is_paused or must_wait(session, need):  # the line was long: others may have use for it
                 await leave(session, unit)
                 continue
             if router.view is not view:
                 continue
         return
+
+
+def drop(session: Session) -> None:
+    """Closes the connection, if there is one: it is slow, or in no known state."""
+    server = session.server
+    if server is not None:
+        session.lose(server)
+        server.holder = None
+        server.abort()
+        session.router.forget(server)
 
 
 async def _take(session: Session, need: Need) -> None:
@@ -417,10 +439,10 @@ def unsafe(name: str, value: str) -> Refusal | None:
 def set_config(name: str, value: str, *, is_local: bool = False) -> bytes:
     """A setting as a statement, whatever its value is."""
     local = "true" if is_local else "false"
-    return f"SELECT pg_catalog.set_config({_literal(name)}, {_literal(value)}, {local})".encode()
+    return f"SELECT pg_catalog.set_config({literal(name)}, {literal(value)}, {local})".encode()
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Right whatever standard_conforming_strings says."""
     quoted = text.replace("'", "''").replace("\\", "\\\\")
     return f" E'{quoted}'"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from router.session import Session
+    from router.statements import Planned
     from router.units import Unit
 
 ENDS = frozenset({Action.COMMIT, Action.ROLLBACK})
@@ -45,6 +46,9 @@ def take_in(session: Session, data: bytes) -> None:
                 break
             inbox.taken, inbox.at = data, end
             handler(session, data[at:end])
+            if inbox.is_put_back:
+                inbox.is_put_back = False
+                break
             at = end
         inbox.taken = b""
         _send_begun(session)
@@ -87,10 +91,14 @@ def _ignores(session: Session) -> bool:
 def _on_query(session: Session, frame: bytes) -> None:
     if _ignores(session):
         return
+    planned = session.router.plan(messages.decode_query(frame[5:]))
+    if planned.wants and _learns_first(session, planned):
+        return
     session.router.stats.queries += 1
-    text = messages.decode_query(frame[5:])
-    planned = session.router.plan(text)
     unit = session.open_unit()
+    if planned.added:
+        unit.added = planned.added
+        frame = messages.query(planned.text)
     unit.ask, unit.is_simple = (planned, None), True
     unit.is_alone = not unit.is_begun and not unit.waiting and len(planned.plan.parts) == 1
     if planned.plan.may_commit:
@@ -141,6 +149,11 @@ def _on_parse(session: Session, frame: bytes) -> None:
         refusing.fail_in_place(session, unit, Refusal("42P05", f'prepared statement "{_text(name)}" already exists'))
         return
     statement = session.router.statement(name, text, oids)
+    if (planned := statement.planned).wants and _learns_first(session, planned):
+        return
+    if planned.added:
+        unit.added = planned.added
+        frame = messages.parse(name, statement.text, oids)
     if not session.keeps_servers and _deallocates(session, statement):
         gone = session.router.statement(name, GONE_TEXT, oids)
         statement = Statement(name, GONE_TEXT, oids, statement.planned, gone.alias)
@@ -148,6 +161,17 @@ def _on_parse(session: Session, frame: bytes) -> None:
     statements[name] = statement
     unit.parsed.append((name, before))
     unit.waiting.append(Item(Owed.PARSE, frame, statement))
+
+
+def _learns_first(session: Session, planned: Planned) -> bool:
+    """The message is looked at once more when the columns are known that it does not name."""
+    router = session.router
+    if not router.columns.may_ask(planned.wants):
+        return False
+    router.plans.misses -= 1
+    session.inbox.is_put_back = True
+    session.spawn(router.columns.learn(session, planned.wants))
+    return True
 
 
 def _fails_there(session: Session, unit: Unit, known: Statement, text: bytes) -> bool:
@@ -179,6 +203,7 @@ def _on_bind(session: Session, frame: bytes) -> None:
         unit.waiting.append(Item(Owed.BIND, frame))
         return
     asked, planned = unit.ask, statement.planned
+    unit.added = unit.added or planned.added
     unit.ask = (planned, Arguments(bind.formats, bind.values, statement.types))
     unit.is_alone = bool(session.router.known.moves) and _is_alone(session, unit)
     need = session.decide(unit)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from router import finishing, retrying
+from router import columns, finishing, retrying
 from shardmove.wire import messages
 from shardmove.wire.messages import IDLE, ProtocolViolation
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from router.session import Session
     from router.units import Unit
 
+UNKNOWN = "whether what was under way was committed is not known"
 _ROWS = b"TDd"
 
 
@@ -28,7 +29,7 @@ class Replies:
     Attributes:
         kept: replies that are kept back; None where they go on at once.
         is_muted: replies are not for the client: what is under way is tried again.
-        is_acknowledging: the unit is done, and the other side of a move does not have it yet (phase 4).
+        is_acknowledging: a commit is done, and the other side of a move does not have it yet (phase 4).
         is_before_copy: the client sent rows before a server asked for them.
         poisons: what the client is told for messages that were sent to fail, in order.
         replacement: what it is told for the next error.
@@ -49,6 +50,8 @@ class Replies:
         self._transport = session.transport
         self._kept_bytes = 0
         self._has_committed = False
+        self._is_due = False  # a commit was met that is told late
+        self._ended: int | None = None  # with this status, while a commit is acknowledged
         self._completed_at: int | None = None
         self._is_told = False
         self._aside: list[bytes] = []  # a notification of another connection, while a large row passes in pieces
@@ -80,15 +83,18 @@ class Replies:
         self._kept_bytes += len(data)
         if self._kept_bytes <= session.limits.buffer_bytes:
             return
-        if not session.router.acknowledges_late(session.touched):
+        if self._is_due or self.is_acknowledging:
+            if session.server is not None:
+                session.server.set_reading(False)
+        elif not session.router.acknowledges_late(session.touched):
             self.let_go()
-        elif not self._has_committed and (self._completed_at in (None, len(self.kept) - 1) or data[0] in _ROWS):
+        elif self._completed_at in (None, len(self.kept) - 1) or data[0] in _ROWS:
             self._let_precede()
 
     def _let_precede(self) -> None:
         """What comes before the word of a commit goes to the client: what is kept back does not grow with the rows.
 
-        That word is a COMMIT's own completion, or the last one, or ReadyForQuery. One that rows follow is none.
+        That word is the last completion, or ReadyForQuery. One that rows follow is none; a COMMIT's own has been met.
         """
         assert self.kept is not None
         *before, last = self.kept
@@ -102,11 +108,12 @@ class Replies:
         """Replies wait until it is clear that there will be no second try."""
         self.kept = []
         self._kept_bytes = 0
-        self._has_committed = False
         self._completed_at = None
 
     def let_go(self) -> None:
-        """Replies that were kept back for a second try go to the client: there will be none."""
+        """Replies that were kept back go to the client, unless the word of a commit is among them that is told late."""
+        if self._is_due or self.is_acknowledging:
+            return
         kept, self.kept = self.kept, None
         if kept:
             self._session.tell(b"".join(kept))
@@ -134,10 +141,31 @@ class Replies:
 
     def on_complete(self, frame: bytes) -> None:
         self.commits += frame[5:] == b"COMMIT\0"
-        self._has_committed = self._has_committed or frame[5:11] == b"COMMIT"
-        self._completed_at = None if self.kept is None else len(self.kept)  # it is in the piece that comes next
         if self.kept is not None and not self._session.touched:
             self.let_go()
+        if frame[5:11] == b"COMMIT":
+            self._on_commit()
+        self._completed_at = None if self.kept is None else len(self.kept)  # it is in the piece that comes next
+
+    def _on_commit(self) -> None:
+        """Amid the unit, or at its end. Its word waits until the other side has it, and with it all that follows."""
+        session = self._session
+        self._has_committed = True
+        if not self._is_due and session.router.acknowledges_late(session.touched):
+            self._is_due = True
+            if self.kept is None:
+                self.hold_back()
+            asyncio.get_running_loop().call_soon(self._acknowledge_amid, session.unit)
+
+    def _acknowledge_amid(self, unit: Unit | None) -> None:
+        """Unless the unit's end has come by now, and begun it."""
+        session = self._session
+        if not self._is_due or self.is_acknowledging or unit is None or session.unit is not unit or session.is_closing:
+            return
+        if session.task is None:
+            self._begin_acknowledging(unit)
+        else:
+            session.task.add_done_callback(lambda _: self._acknowledge_amid(unit))
 
     # --- a server asks for rows
 
@@ -176,6 +204,8 @@ class Replies:
             frame, self.replacement = self.replacement, None
         if unit is None:
             return frame
+        if unit.added:
+            frame = self._about_columns(unit, frame)
         if self._is_told and retrying.give_up_target(session, unit, "its server ended the connection"):
             self._is_told = False
             return b""
@@ -184,12 +214,17 @@ class Replies:
                 session.copy.on_error(frame)
                 return b""
             session.copy = None
-        if self.kept is not None and retrying.may_retry(unit, frame):
+        if self.kept is not None and not self._has_committed and retrying.may_retry(unit, frame):
             self.kept = None
             self.is_muted = True
             return b""
         self._fail(server, unit)
         return frame
+
+    def _about_columns(self, unit: Unit, frame: bytes) -> bytes:
+        if messages.error_fields(frame[5:]).get("C") in columns.STALE:
+            self._session.router.columns.forget()
+        return columns.told_of(frame, unit.added)
 
     def _stop_copying(self, unit: Unit | None) -> None:
         """The server failed the COPY. A Sync behind the row which failed it was taken for one in copy-in mode."""
@@ -230,25 +265,48 @@ class Replies:
             else:
                 session.spawn(retrying.retry(session, unit))
             return
-        if self.kept is not None and session.router.acknowledges_late(session.touched):
-            session.spawn(self._acknowledge(unit, status))
+        if self.is_acknowledging:
+            self._ended = status
+            self._is_due = self._is_due or status == IDLE
             return
-        self.let_go()
-        finishing.finish(session, unit, status)
+        is_due = self.kept is not None and (self._is_due or status == IDLE)
+        if is_due and session.router.acknowledges_late(session.touched):
+            self._ended = status
+            self._begin_acknowledging(unit)
+            return
+        self._finish(unit, status)
         session.resume()
 
-    async def _acknowledge(self, unit: Unit, status: int) -> bool:
-        """The commit is told only once the other side has it (phase 4)."""
-        session = self._session
-        if status == IDLE:
-            self.is_acknowledging = True
-            try:
-                await session.router.mirrored(session.touched)
-            finally:
-                self.is_acknowledging = False
+    def _begin_acknowledging(self, unit: Unit) -> None:
+        self._is_due = self.is_acknowledging = True
+        self._session.spawn(self._acknowledge(unit))
+
+    def _finish(self, unit: Unit, status: int) -> None:
+        self._has_committed = self._is_due = False
+        self._ended = None
         self.let_go()
-        finishing.finish(session, unit, status)
-        return True
+        finishing.finish(self._session, unit, status)
+
+    async def _acknowledge(self, unit: Unit) -> bool:
+        """A commit is told only once the other side has it (phase 4). The unit may have ended with it, or go on."""
+        session, server = self._session, self._session.server
+        try:
+            while self._is_due:
+                self._is_due = False
+                await session.router.mirrored(set(session.touched))
+        finally:
+            self.is_acknowledging = False
+        if (is_there := session.server is server) and server is not None:
+            server.set_reading(session.writable.is_set())
+        if self._ended is not None:
+            self._finish(unit, self._ended)
+            return True
+        self.let_go()
+        if not is_there:
+            session.fatal("08006", "the connection to the shard was lost", hint=UNKNOWN)
+        elif unit.is_complete:
+            self.hold_back()
+        return not unit.is_complete
 
     def on_server_lost(self, server: Server, error: Exception) -> None:
         session = self._session
@@ -267,7 +325,7 @@ class Replies:
             session.end()
         elif session.task is None or session.status != IDLE:
             session.tell(server.farewell)
-            session.fatal("08006", f"{error}", hint="whether what was under way was committed is not known")
+            session.fatal("08006", f"{error}", hint=UNKNOWN)
 
     def _end_client(self, server: Server, error: Exception) -> None:
         """What it had there (a lock, a temporary table, what it listened to) is gone: another connection lacks it."""

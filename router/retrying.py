@@ -10,8 +10,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from router import placing
-from router.opening import NoServer
-from router.server import ServerLost
 from shardmove.wire import messages
 
 if TYPE_CHECKING:
@@ -56,18 +54,6 @@ async def _again(session: Session, unit: Unit) -> bool:
 # --- reads at the target of a move
 
 
-async def attach_at_target(session: Session, unit: Unit) -> None:
-    """At the source, where the target of the move has no connection for it."""
-    try:
-        async with asyncio.timeout(session.limits.target_patience_s):
-            await placing.attach(session, unit)
-    except (NoServer, ServerLost, TimeoutError) as error:
-        session.router.give_up_target(unit.need, str(error) or "no connection in time")
-        unit.stays_at_source = True
-        drop_server(session)
-        await placing.attach(session, unit)
-
-
 def watch_target(session: Session, unit: Unit) -> None:
     """It gets some time to answer."""
     session.replies.hold_back()
@@ -99,16 +85,6 @@ def give_up_target(session: Session, unit: Unit, reason: str) -> bool:
 
 
 async def _read_at_source(session: Session, unit: Unit) -> bool:
-    drop_server(session)
+    placing.drop(session)
     session.firm = False
     return await _again(session, unit)
-
-
-def drop_server(session: Session) -> None:
-    """Closes the connection: it is slow, or in no known state."""
-    server = session.server
-    if server is not None:
-        session.lose(server)
-        server.holder = None
-        server.abort()
-        session.router.forget(server)

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -19,6 +19,7 @@ import structlog
 
 from router import tls
 from router.asking import ask
+from router.columns import KnownColumns
 from router.comparing import Comparing
 from router.epochs import Epochs, MoveFact, View
 from router.greeting import ClientLogin
@@ -33,6 +34,7 @@ from router.statements.plans import TEXT_BYTES_MAX
 from router.units import Need, Statement
 from shardmove.config import Config
 from shardmove.domain.errors import ShardmoveError
+from shardmove.domain.moves import TableName
 from shardmove.domain.routes import RouteTable
 from shardmove.wire.messages import IDLE
 
@@ -86,7 +88,8 @@ class Router:
         self.held_bytes = 0
         self.view: View | None = None
         self.known: Known
-        self.plans: Plans
+        self.plans = Plans(Tables({}), size=PLANS_MAX)
+        self.columns = KnownColumns(self)
         self.epochs = Epochs(config, name=self.name, on_view=self._on_view)
         self.mirroring = Mirroring(config, self.epochs)
         self._loop = asyncio.get_running_loop()
@@ -166,8 +169,8 @@ class Router:
         """From here on, every decision is by this view; those that wait are made anew."""
         before = self.view
         if before is None or view.keyspaces != before.keyspaces:
-            tables = Tables(view.keyspaces)
-            self.plans = Plans(tables, size=PLANS_MAX)
+            tables = Tables(view.keyspaces, self.columns.by_table)
+            self.plans.begin_anew(tables)
         else:
             tables = self.known.tables
         self.view = view
@@ -209,11 +212,26 @@ class Router:
     def plan(self, text: bytes) -> Planned:
         return self.plans.of(text)
 
+    def plan_anew(self) -> None:
+        """Other columns are known."""
+        tables = Tables(self.known.tables.keyspaces, self.columns.by_table)
+        self.known = replace(self.known, tables=tables)
+        self.plans.begin_anew(tables)
+
+    def owner_of(self, table: TableName) -> str:
+        """A shard that has the table."""
+        for name, keyspace in self.known.tables.keyspaces.items():
+            if table in keyspace.tables:
+                return self.known.routes[name].routes[0].shard
+        return self.home
+
     def decide(self, planned: Planned, arguments: Arguments | None, session: Session) -> Need:
         self.stats.statements += 1
         return ask(self.known, planned, arguments, session)
 
     def statement(self, name: bytes, text: bytes, oids: tuple[int, ...]) -> Statement:
+        planned = self.plan(text)
+        text = planned.text
         identity = (text, oids)
         alias = self._aliases.get(identity)
         if alias is None:
@@ -222,7 +240,7 @@ class Router:
             alias = b"shardmove_%d" % next(self._alias_numbers)
             if len(text) <= TEXT_BYTES_MAX:
                 self._aliases[identity] = alias
-        return Statement(name, text, oids, self.plan(text), alias if name else b"")
+        return Statement(name, text, oids, planned, alias if name else b"")
 
     def tally(self) -> Stats:
         """The counters, with those that are counted elsewhere."""
@@ -417,5 +435,6 @@ class Router:
         while True:
             self.recover_soon()
             await asyncio.sleep(HOUSEKEEPING_S)
+            self.columns.forget_old()
             for pool in self.pools.values():
                 pool.close_older(self.settings.idle_server_s)

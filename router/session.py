@@ -240,10 +240,7 @@ class Session(asyncio.Protocol):
     async def place(self, unit: Unit) -> bool:
         """Runs the unit on the one shard that it needs."""
         unit.is_gathering = False
-        if unit.need.is_at_target:
-            await retrying.attach_at_target(self, unit)
-        else:
-            await placing.attach(self, unit)
+        await placing.attach(self, unit)
         self.settle(unit, unit.need)
         self.send_waiting(unit)
         return not unit.is_complete
@@ -463,9 +460,7 @@ class Session(asyncio.Protocol):
 
         Until the server has taken the request in, the connection is not given to another client.
         """
-        if self.replies.is_acknowledging:
-            return None  # it was committed: there is nothing left to cancel, and an error would say otherwise
-        if self.task is not None:
+        if self.task is not None and not self.replies.is_acknowledging:  # what is committed is told, and as that
             asyncio.get_running_loop().call_soon(self._cancel_task, self.task)
             return None
         if self.server is None or self.unit is None:

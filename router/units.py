@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from router.statements import Arguments, Decision, Planned
+from router.statements import Added, Arguments, Decision, Planned
 from router.statements import Refusal as Refusal
 from shardmove.domain.routes import Route
 from shardmove.wire.streams import Owed
@@ -164,6 +164,7 @@ class Unit:
         has_ended: the end of a transaction block is among what was bound.
         has_changes: a statement of it changes something in the session, which counts for what comes behind it.
         is_hinted: that is a hint, for one.
+        added: what was put into the text of a statement.
         is_once: nothing of it is ever sent again: a part of it may be committed, or was in a transaction before it.
     """
 
@@ -191,6 +192,7 @@ class Unit:
     has_ended: bool = False
     has_changes: bool = False
     is_hinted: bool = False
+    added: tuple[Added, ...] = ()
     is_once: bool = False
 
     def add(self, need: Need) -> None:

@@ -22,12 +22,13 @@ from shardmove.domain.moves import State
 from shardmove.wire import messages as wire
 from tests.support import engine
 from tests.support.rawclient import RawClient, codes, told, values
+from tests.support.replacing import replaced
 from tests.support.routed import Routed
 from tests.support.router import Router, Routers
 from tests.support.servers import connect
 from tests.support.world import World
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 until = partial(engine.until, timeout_s=BOUND_S)
 TENANT = 30
 UPDATE = f"UPDATE tenants SET version = version + 1 WHERE tenant_id = {TENANT}"
@@ -114,6 +115,10 @@ def cancel(router: Router, asked: RawClient) -> None:
         assert connection.recv(1) == b""  # the router has taken it in
 
 
+def executed(statement: str) -> tuple[bytes, ...]:
+    return wire.parse(b"", statement.encode(), ()), wire.bind(b"", b"", ()), wire.execute(b"")
+
+
 def enter_phase_4(world: World, router: Router) -> str:
     move_id = world.split(at=20)
     world.run(move_id, State.READY)
@@ -137,6 +142,14 @@ def blocked_mirror(world: World) -> Iterator[psycopg.Connection]:
 # --- phase 4: a commit that the other side does not have yet
 
 
+@pytest.fixture
+def patient(tmp_path: Path) -> Iterator[None]:
+    """Routers whose mirror waits for as long as the test blocks it, also where that takes some seconds."""
+    with replaced(tmp_path, f"from router import mirroring\nmirroring.WAIT_MS = {int(BOUND_S * 1000)}"):
+        yield
+
+
+@pytest.mark.usefixtures("patient")
 def test_a_cancel_while_a_commit_is_acknowledged_late_changes_nothing(world: World, routers: Routers) -> None:
     router = routers.start(world.write_config(), target_patience_s=BOUND_S)
     enter_phase_4(world, router)
@@ -152,6 +165,7 @@ def test_a_cancel_while_a_commit_is_acknowledged_late_changes_nothing(world: Wor
         assert values(a.ask(wire.query(READ))) == ["1"]
 
 
+@pytest.mark.usefixtures("patient")
 def test_rows_before_a_late_acknowledgement_are_not_kept_and_the_commit_is(world: World, routers: Routers) -> None:
     router = routers.start(world.write_config(), target_patience_s=BOUND_S)
     enter_phase_4(world, router)
@@ -174,6 +188,68 @@ def test_rows_before_a_late_acknowledgement_are_not_kept_and_the_commit_is(world
             assert told(a.until_ready())[-1] == "Z 'I'"
 
 
+BEHIND: dict[str, tuple[bytes, ...]] = {
+    "nothing": (wire.SYNC,),
+    "an error": (*executed("SELECT 1 / 0"), wire.SYNC),
+    "a transaction": (*executed("BEGIN"), *executed("SELECT 7"), wire.SYNC),
+    "a commit": (*executed("BEGIN"), *executed(UPDATE), *executed("COMMIT"), wire.SYNC),
+    "a write": (*executed(UPDATE), wire.SYNC),
+    "a flush": (wire.FLUSH,),
+    "a flush and a write": (wire.FLUSH, *executed(UPDATE), wire.SYNC),
+    "many rows": (*executed("SELECT repeat('x', 1000000) FROM generate_series(1, 200)"), wire.SYNC),
+}
+"""Messages behind a COMMIT, before the client hears of it."""
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("behind", BEHIND)
+def test_whatever_is_behind_a_commit_its_word_waits_until_the_other_side_has_it(
+    world: World, routers: Routers, behind: str
+) -> None:
+    router = routers.start(world.write_config(), target_patience_s=BOUND_S)
+    enter_phase_4(world, router)
+    with client(router, world.dsns["s1"]) as a:
+        a.ask(wire.query("BEGIN"))
+        a.ask(wire.query(UPDATE))
+        with blocked_mirror(world) as blocker:
+            before = router.memory_bytes()
+            a.send(*executed("COMMIT"), *BEHIND[behind])
+            await_state(router, a, "waiting")
+            a.socket.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                a.socket.recv(1, socket.MSG_PEEK)
+            assert router.memory_bytes() - before < 40 << 20
+            blocker.execute("ROLLBACK")
+        a.socket.settimeout(BOUND_S)
+        if behind == "a flush":
+            a.until(b"C")
+            a.send(wire.SYNC)
+        said = told([message for message in a.until_ready() if message[0] != b"D"])
+        assert codes(said) == (["22012"] if behind == "an error" else [])
+        assert said[-1] == ("Z 'T'" if behind == "a transaction" else "Z 'I'")
+        a.ask(wire.query("ROLLBACK"))
+        times = 1 + (behind in ("a commit", "a write", "a flush and a write"))
+        assert values(a.ask(wire.query(READ))) == [str(times)]
+        assert [row["phase"] for row in router.show("MOVES")] == ["4"]
+
+
+def test_a_pause_is_not_the_targets_fault(world: World, routers: Routers) -> None:
+    """A read that waits for longer than the target may take goes there all the same, and leaves phase 4 alone."""
+    patience_s = 3.0
+    router = routers.start(world.write_config(), target_patience_s=patience_s, pooling="transaction")
+    enter_phase_4(world, router)
+    with client(router, world.dsns["s1"]) as a, psycopg.connect(router.dsn("shardmove"), autocommit=True) as console:
+        a.ask(wire.query(READ))  # there is a connection now
+        console.execute("PAUSE")
+        began = time.monotonic()
+        a.query(READ)
+        await_state(router, a, "held")
+        until(lambda: time.monotonic() > began + patience_s + 0.5, "")
+        console.execute("RESUME")
+        assert values(told(a.until_ready())) == ["0"]
+        assert [row["phase"] for row in router.show("MOVES")] == ["4"]
+
+
 def test_with_catalog_and_target_away_a_commit_is_acknowledged(world: World, routers: Routers) -> None:
     config = world.write_config()
     with line_in(config, world.dsns["cat"]) as line:
@@ -192,7 +268,8 @@ def test_with_catalog_and_target_away_a_commit_is_acknowledged(world: World, rou
 def test_who_waited_for_a_connection_goes_by_routes_that_are_fresh_then(world: World, routers: Routers) -> None:
     config = world.write_config()
     with line_in(config, world.dsns["cat"]) as line:
-        router = routers.start(config, servers_max=1, confirm_s=1.0, hold_timeout_s=6.0, pooling="transaction")
+        settings = {"servers_max": 1, "confirm_s": 1.0, "hold_timeout_s": 6.0, "queue_timeout_s": BOUND_S}
+        router = routers.start(config, pooling="transaction", **settings)
         move_id = world.split(at=20)
         world.run(move_id, State.READY)
         until(lambda: router.show("MOVES"), "the router never hears of the move")
@@ -224,7 +301,7 @@ def test_a_router_that_never_heard_of_a_move_reads_nothing_erased(
     with line_in(config, world.dsns["cat"]) as line:
         router = routers.start(config, confirm_s=1.0, stale_after_s=stale_after_s, hold_timeout_s=1.0)
         with client(router, world.dsns["s1"]) as a:
-            assert values(a.ask(wire.query(READ))) == ["0"]
+            until(lambda: values(a.ask(wire.query(READ))) == ["0"], "the routes are never fresh")
             line.cut()
             move_id = world.split(at=20)
             world.run(move_id, State.READY)

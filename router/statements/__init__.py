@@ -11,6 +11,7 @@ Never guess: what cannot be shown to be answered rightly by the shards it would 
 
 from router.statements.actions import (
     Action,
+    Added,
     Arguments,
     CopySpec,
     Decision,
@@ -33,6 +34,7 @@ from router.statements.tables import Tables
 
 __all__ = [
     "Action",
+    "Added",
     "Arguments",
     "CopyKeys",
     "CopySpec",

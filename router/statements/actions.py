@@ -6,7 +6,7 @@ plan with the literals of one text. A `Decision` is where one execution of it go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
@@ -179,6 +179,13 @@ class CopyOut:
     columns: tuple[str, ...] | None
 
 
+class Unnamed(NamedTuple):
+    """Columns that the text does not name: they are written behind the token of that number."""
+
+    token: int
+    columns: tuple[str, ...]
+
+
 class Hint(NamedTuple):
     """A key that the client names itself; the keyspace may stay unsaid where there is one."""
 
@@ -237,6 +244,9 @@ class Part:
     copy: CopySpec | None = None
     copy_out: CopyOut | None = None
     hint: Hint | None = None
+    unnamed: tuple[Unnamed, ...] = ()
+    wants: TableName | None = None
+    """It is refused because this table's columns are not known."""
     refusal: Refusal | None = None
     is_opaque: bool = False
     """It runs code of which nothing is known: what that leaves in the session is not known either."""
@@ -255,14 +265,40 @@ class Plan:
     """It ends a transaction, or calls what may: said again, it would do again what is committed."""
 
     @property
+    def unnamed(self) -> tuple[Unnamed, ...]:
+        return tuple(each for part in _with_inner(self.parts) for each in part.unnamed)
+
+    @property
+    def wants(self) -> tuple[TableName, ...]:
+        return tuple(part.wants for part in _with_inner(self.parts) if part.wants is not None)
+
+    @property
     def refusal(self) -> Refusal | None:
         return next((part.refusal for part in self.parts if part.refusal is not None), None)
 
 
+def _with_inner(parts: Sequence[Part]) -> Iterator[Part]:
+    for part in parts:
+        yield part
+        if part.inner is not None:
+            yield from _with_inner((part.inner,))
+
+
+class Added(NamedTuple):
+    """What was put into a text: where, in its characters, and how many."""
+
+    position: int
+    length: int
+
+
 class Planned(NamedTuple):
+    """`text` is what servers are told: the client's own, but for columns that it did not name (`added`)."""
+
     plan: Plan
     literals: Sequence[Literal]
     text: bytes
+    added: tuple[Added, ...] = ()
+    wants: tuple[TableName, ...] = ()
 
     def within(self, part: Part) -> Planned:
         """The statement that the part prepares, explains or declares, as a planned text of its own."""

@@ -38,6 +38,7 @@ class State:
         self.assigned: list[tuple[str, Terms]] = []
         self.linked: list[tuple[Split, Node, Context]] = []
         """Rows that are given the keys of other rows."""
+        self.unnamed: dict[int, tuple[str, ...]] = {}
         self.met: set[int] = set()
         self.refs: list[tuple[exp.Table, Split | None]] = []
         self.written: list[Split | None] = []

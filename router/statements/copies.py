@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from router.statements.actions import NOT_SUPPORTED, Action, CopyOut, CopySpec, Part, Place, Refusal
+from router.statements.actions import NOT_SUPPORTED, Action, CopyOut, CopySpec, Part, Place, Refusal, Unnamed
 from router.statements.lexer import Token
 from router.statements.naming import named_in
 from router.statements.statement import Statement
@@ -40,7 +40,7 @@ def copy_part(s: Statement, part_of: Callable[[Statement], Part]) -> Part:
         options["format"] = ("binary",)
     if direction == "TO":
         return _copy_out(s, split, options, (first, name_end), columns)
-    return _copy_in(s, split, columns, options)
+    return _copy_in(s, split, (name_end - 1, columns), options)
 
 
 def _copy_query(s: Statement, part_of: Callable[[Statement], Part]) -> Part:
@@ -224,21 +224,27 @@ def _has_header(options: Options) -> bool:
     return "header" in options and _text(options, "header", "true").lower() in _ON
 
 
-def _copy_in(s: Statement, split: Split | None, columns: list[str] | None, options: Options) -> Part:
+def _copy_in(s: Statement, split: Split | None, named: tuple[int, list[str] | None], options: Options) -> Part:
+    last, columns = named
     if split is None:
         return Part(Action.COPY_IN, is_write=True)
     if split.column is None:
         return Part(Action.COPY_IN, is_write=True, tables=named_in(s).tables)
-    known = columns if columns is not None else s.tables.columns.get(split.table)
-    if known is None:
-        return _refused(NOT_SUPPORTED, f"COPY of {split.table} does not name its columns", "name the columns")
-    if split.column not in known:
+    unnamed: tuple[Unnamed, ...] = ()
+    if columns is None:
+        known = s.tables.columns.get(split.table)
+        if known is None:
+            part = _refused(NOT_SUPPORTED, f"COPY of {split.table} does not name its columns", "name the columns")
+            return replace(part, wants=split.table)
+        columns = [name for name in known.names if name not in known.generated]
+        unnamed = (Unnamed(s.first + last, tuple(columns)),)
+    if split.column not in columns:
         return _refused(
             NOT_SUPPORTED, f"COPY of {split.table} does not give the key {split.column}", "give the key of every row"
         )
     if "where" in options or "default" in options:
         return _refused(NOT_SUPPORTED, "COPY of a split table with WHERE or DEFAULT", "leave it out")
-    spec = _spec(split, list(known), options)
+    spec = _spec(split, columns, options)
     if isinstance(spec, Part):
         return spec
     return Part(
@@ -248,6 +254,7 @@ def _copy_in(s: Statement, split: Split | None, columns: list[str] | None, optio
         keyspaces=(split.keyspace.name,),
         copy=spec,
         kind=spec.format,
+        unnamed=unnamed,
     )
 
 

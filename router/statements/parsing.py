@@ -15,6 +15,7 @@ from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
 from router.statements.statement import Statement
+from shardmove.domain.moves import TableName
 
 PARAMETER_MARK: Final = "\x01"
 logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it warns with the statement: a client's text is for no log
@@ -28,6 +29,14 @@ class Unplannable(Exception):
         self.message = message
         self.hint = hint
         self.sqlstate = sqlstate
+
+
+class ColumnsUnknown(Unplannable):
+    """It could be, if the columns of a table were known."""
+
+    def __init__(self, table: TableName) -> None:
+        super().__init__(f"INSERT into {table} does not name its columns", "name the columns")
+        self.table = table
 
 
 class Tree(NamedTuple):

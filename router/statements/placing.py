@@ -31,15 +31,16 @@ def places_of(
     return tuple(places[start] for start in sorted(places))
 
 
-def _token(tree: Tree, identifier: Any) -> int | None:
+def token_of(tree: Tree, identifier: Any) -> int | None:
+    """The number of its token in the statement."""
     start = identifier.meta.get("start") if isinstance(identifier, exp.Identifier) else None
     return None if start is None else tree.token_at.get(start)
 
 
 def _place(statement: Statement, tree: Tree, table: exp.Table, split: Split) -> Place | None:
-    last = _token(tree, table.this)
+    last = token_of(tree, table.this)
     schema = table.args.get("db")
-    first = last if schema is None else _token(tree, schema)
+    first = last if schema is None else token_of(tree, schema)
     if first is None or last is None or table.args.get("sample") is not None:
         return None
     if statement.token(last).name != name_of(table.this):

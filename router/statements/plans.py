@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from router.statements.actions import NOT_SUPPORTED, SYNTAX_ERROR, Action, Part, Plan, Planned, Refusal
-from router.statements.lexer import MARK, Cut, cut, text_of, tokens
+from collections.abc import Sequence
+
+from router.statements.actions import NOT_SUPPORTED, SYNTAX_ERROR, Action, Added, Part, Plan, Planned, Refusal, Unnamed
+from router.statements.lexer import MARK, Cut, cut, quoted, text_of, tokens
 from router.statements.planning import plan_of
 from router.statements.tables import Tables
 
@@ -36,24 +38,36 @@ class Plans:
     def _of_shape(self, data: bytes) -> Planned:
         planned = self._older_texts.get(data)
         if planned is None:
-            text = text_of(data)
-            shape = cut(text)
-            # A mark that is the text's own stands for no literal: another text of this shape may be another statement.
-            is_plain = shape.shape.count(MARK) == len(shape.literals)
-            plan = self._shapes.get(shape.shape) or self._older_shapes.get(shape.shape) if is_plain else None
-            if plan is None:
-                self.misses += 1
-                plan = self._plan(text, shape)
-            else:
-                self.shape_hits += 1
-            if is_plain and not plan.needs_literals:
-                self._keep_shape(shape.shape, plan)
-            planned = Planned(plan, shape.literals, data)
+            planned, is_known = self._planned(data)
+            self.shape_hits += is_known
+            self.misses += not is_known
+            if unnamed := planned.plan.unnamed:
+                text, added = _with_columns(text_of(data), unnamed)
+                planned = self._planned(text.encode("utf-8", "surrogateescape"))[0]._replace(added=added)
         else:
             self.hits += 1
-        if len(data) <= TEXT_BYTES_MAX:
+        if len(data) <= TEXT_BYTES_MAX and not planned.wants:
             self._keep_text(data, planned)
         return planned
+
+    def _planned(self, data: bytes) -> tuple[Planned, bool]:
+        """With whether its shape was known."""
+        text = text_of(data)
+        shape = cut(text)
+        # A mark that is the text's own stands for no literal: another text of this shape may be another statement.
+        is_plain = shape.shape.count(MARK) == len(shape.literals)
+        known = self._shapes.get(shape.shape) or self._older_shapes.get(shape.shape) if is_plain else None
+        plan = known or self._plan(text, shape)
+        wants = plan.wants
+        if is_plain and not plan.needs_literals and not wants:
+            self._keep_shape(shape.shape, plan)
+        return Planned(plan, shape.literals, data, wants=wants), known is not None
+
+    def begin_anew(self, tables: Tables) -> None:
+        """Other tables, or columns: nothing that was planned stands. The counters go on."""
+        self._tables = tables
+        for each in (self._texts, self._older_texts, self._shapes, self._older_shapes):
+            each.clear()
 
     def _keep_text(self, data: bytes, planned: Planned) -> None:
         """Two generations make an LRU of sorts for the price of a dict: what is used survives the older one's end."""
@@ -83,6 +97,20 @@ class Plans:
 
 TEXT_BYTES_MAX = 65_536
 """Longer texts are hardly sent twice, and would fill the memory."""
+
+
+def _with_columns(text: str, unnamed: Sequence[Unnamed]) -> tuple[str, tuple[Added, ...]]:
+    """The text with the columns that it does not name."""
+    found = list(tokens(text))
+    pieces: list[str] = []
+    added: list[Added] = []
+    begin = 0
+    for token, columns in sorted(unnamed):
+        end = found[token].end
+        pieces += [text[begin:end], f" ({', '.join(map(quoted, columns))})"]
+        added.append(Added(end, len(pieces[-1])))
+        begin = end
+    return "".join([*pieces, text[begin:]]), tuple(added)
 
 
 def _refused(sqlstate: str, message: str, hint: str | None = None) -> Plan:

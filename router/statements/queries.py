@@ -13,14 +13,14 @@ from typing import Any, Final
 
 from sqlglot import exp
 
-from router.statements.actions import NOT_SUPPORTED, Action, Keys, MergePlan, Origin, Part, Refusal, Term
+from router.statements.actions import NOT_SUPPORTED, Action, Keys, MergePlan, Origin, Part, Refusal, Term, Unnamed
 from router.statements.contexts import Closure
 from router.statements.functions import HARMLESS, UNEQUAL, UNEQUAL_WORDS
 from router.statements.levels import level_obstacle
 from router.statements.lexer import Token
 from router.statements.naming import named_in
 from router.statements.ordering import merge_plan
-from router.statements.parsing import Unplannable, parsed
+from router.statements.parsing import ColumnsUnknown, Unplannable, parsed
 from router.statements.placing import places_of
 from router.statements.scopes import Rows, Scope
 from router.statements.statement import Statement
@@ -104,7 +104,15 @@ def _unplanned(statement: Statement, error: Unplannable) -> Part:
     if not tables and error.sqlstate != "54001":
         return Part(Action.HOME, is_write=True, is_opaque=True)
     refusal = Refusal(error.sqlstate, error.message, error.hint or _NAME_IT)
-    return Part(Action.REFUSED, is_write=True, keyspaces=keyspaces, tables=tables, refusal=refusal, is_opaque=True)
+    return Part(
+        Action.REFUSED,
+        is_write=True,
+        keyspaces=keyspaces,
+        tables=tables,
+        wants=error.table if isinstance(error, ColumnsUnknown) else None,
+        refusal=refusal,
+        is_opaque=True,
+    )
 
 
 class Walk(Writing):
@@ -137,6 +145,7 @@ class Walk(Writing):
             "is_write": bool(self.written) or is_opaque,
             "locks_rows": self.locks_rows,
             "is_opaque": is_opaque,
+            "unnamed": tuple(Unnamed(*each) for each in self.unnamed.items()),
             "tables": tuple(named),
             "keyspaces": tuple(dict.fromkeys(s.keyspace.name for s in named.values() if s.column is not None)),
         }

@@ -394,9 +394,7 @@ class Reading(Conditions):
         if len(self.leaves) > REFERENCES_MAX:
             raise Unplannable("the statement names too many tables for the router", sqlstate="54001")
         renamed = table.args.get("alias") is not None and bool(table.args["alias"].args.get("columns"))
-        known = None if renamed else self.tables.columns.get(split.table)
-        outputs = [Output(c, node if c == split.column else None) for c in known] if known is not None else None
-        return Ref(name, {} if renamed else {split.column: node}, outputs, split, alias is not None)
+        return Ref(name, {} if renamed else {split.column: node}, None, split, alias is not None)
 
     def locks(self, node: exp.Expr) -> None:
         for lock in node.args.get("locks") or []:

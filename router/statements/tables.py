@@ -30,16 +30,21 @@ class Split(NamedTuple):
         return self.keyspace.scheme
 
 
+class Columns(NamedTuple):
+    """A table's columns in their order, and which of them COPY leaves out."""
+
+    names: tuple[str, ...]
+    generated: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """`columns` may tell tables' columns in their order: needed for INSERT and COPY that do not name theirs."""
+    """`columns`: of tables into which INSERT or COPY may put rows without naming theirs."""
 
     keyspaces: Mapping[str, Keyspace]
-    columns: Mapping[TableName, Sequence[str]]
+    columns: Mapping[TableName, Columns]
 
-    def __init__(
-        self, keyspaces: Mapping[str, Keyspace], columns: Mapping[TableName, Sequence[str]] | None = None
-    ) -> None:
+    def __init__(self, keyspaces: Mapping[str, Keyspace], columns: Mapping[TableName, Columns] | None = None) -> None:
         object.__setattr__(self, "keyspaces", dict(keyspaces))
         object.__setattr__(self, "columns", dict(columns or {}))
         known: dict[TableName, Split] = {}

@@ -10,14 +10,14 @@ from sqlglot import exp
 from router.statements.actions import Origin
 from router.statements.contexts import Context, Node
 from router.statements.froms import From
-from router.statements.parsing import Unplannable
+from router.statements.parsing import ColumnsUnknown, Unplannable
+from router.statements.placing import token_of
 from router.statements.reading import Reading
 from router.statements.scopes import Ref, Rows, Scope, name_of
 from router.statements.tables import Split
 from router.statements.trees import alias_of, flat, unwrapped
 
 GIVE_KEY: Final = "give the key of every row as a constant or parameter"
-NAME_COLUMNS: Final = "name the columns"
 KEEP_KEY: Final = "insert the row under its new key, and delete the old one"
 
 
@@ -78,7 +78,7 @@ class Writing(Reading):
         context = Context()
         columns: dict[str, Node] = {}
         if split is not None and split.column is not None:
-            node_ = self._inserted(split, names, source, scope, context)
+            node_ = self._inserted(table, split, names, source, scope, context)
             columns = {split.column: node_}
         else:
             self._insert_source(source, scope)
@@ -105,14 +105,18 @@ class Writing(Reading):
         self.note_inside(rows)
         return rows
 
-    def _inserted(self, split: Split, names: list[str] | None, source: Any, scope: Scope, context: Context) -> Node:
+    def _inserted(
+        self, table: exp.Table, split: Split, names: list[str] | None, source: Any, scope: Scope, context: Context
+    ) -> Node:
         """The key of the rows that are inserted."""
-        position = self._key_position(split, names)
+        position = _key_position(split, self._known_columns(split) if names is None else names)
         result = self.node()
         self.types[result] = split.key_type
         if isinstance(source, exp.Values):
             self._insert_source(source, scope)
             rows = [flat(row) for row in source.expressions]
+            if names is None:
+                self._name_columns(table, split, max(map(len, rows)))
             if any(len(row) <= position for row in rows):
                 raise Unplannable(f"a row does not give {split.column}", GIVE_KEY)
             terms = self.terms.all_of([row[position] for row in rows])
@@ -123,7 +127,9 @@ class Writing(Reading):
             return result
         found = self._insert_source(source, scope)
         if found is None or found.outputs is None or len(found.outputs) <= position:
-            raise Unplannable(f"the key {split.column} cannot be found in what is inserted", NAME_COLUMNS)
+            raise Unplannable(f"the key {split.column} cannot be found in what is inserted", GIVE_KEY)
+        if names is None:
+            self._name_columns(table, split, len(found.outputs))
         output = found.outputs[position].node
         if output is None or found.facts is None:
             raise Unplannable(f"the key {split.column} of the rows that are inserted is not certain", GIVE_KEY)
@@ -132,15 +138,22 @@ class Writing(Reading):
         context.equal.append((result, output))
         return result
 
-    def _key_position(self, split: Split, names: list[str] | None) -> int:
-        if names is None:
-            known = self.tables.columns.get(split.table)
-            if known is None:
-                raise Unplannable(f"INSERT into {split.table} does not name its columns", NAME_COLUMNS)
-            names = list(known)
-        if split.column not in names:
-            raise Unplannable(f"INSERT into {split.table} does not give the key {split.column}", GIVE_KEY)
-        return names.index(split.column)
+    def _known_columns(self, split: Split) -> Sequence[str]:
+        known = self.tables.columns.get(split.table)
+        if known is None:
+            raise ColumnsUnknown(split.table)
+        return known.names
+
+    def _name_columns(self, table: exp.Table, split: Split, count: int) -> None:
+        """Those that the rows have, by their order: what is taken for the key is the key for the server, too."""
+        known, token = self._known_columns(split), token_of(self.tree, table.this)
+        if count > len(known):
+            raise ColumnsUnknown(split.table)
+        if token is None:
+            raise Unplannable("the router cannot tell where the columns would be named", "name the columns")
+        if self.statement.word(token + 1) == "AS":
+            token += 2
+        self.unnamed[self.statement.first + token] = tuple(known[:count])
 
     def _conflict(self, conflict: exp.Expr, split: Split | None, ref: Ref, scope: Scope, context: Context) -> None:
         inner = Scope(scope.parent)
@@ -257,11 +270,19 @@ class Writing(Reading):
             self.expression(one, scope, source)
         if split is None or split.column is None:
             return
-        names = [name_of(one.this) for one in flat(then.this) if isinstance(one, exp.Column)] if then.this else None
-        position = self._key_position(split, names)
+        if not then.this:
+            raise Unplannable("INSERT of a MERGE does not name its columns", "name the columns")
+        position = _key_position(split, [name_of(one.this) for one in flat(then.this) if isinstance(one, exp.Column)])
         if position >= len(values):
             raise Unplannable(f"MERGE does not give the key {split.column}", GIVE_KEY)
         self._assign_key(values[position], split, scope, source, kept=set())
+
+
+def _key_position(split: Split, names: Sequence[str]) -> int:
+    assert split.column is not None
+    if split.column not in names:
+        raise Unplannable(f"INSERT into {split.table} does not give the key {split.column}", GIVE_KEY)
+    return list(names).index(split.column)
 
 
 def _targets(sets: Sequence[exp.Expr]) -> set[str]:
