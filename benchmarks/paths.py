@@ -36,7 +36,7 @@ SCHEMA: Final = """
 """
 ROWS: Final = "INSERT INTO accounts SELECT i, i %% 1000 FROM generate_series(1::bigint, %s) i"
 SCRIPT: Final = "\\set id random(1, {rows})\nSELECT balance FROM accounts WHERE tenant_id = :id;\n"
-START_BOUND_S: Final = 10.0
+START_BOUND_S: Final = 60.0
 
 POOLER_WITH_PREPARED: Final = (1, 21)
 """The first PgBouncer that pools prepared statements by transaction; an older one pools them by session."""

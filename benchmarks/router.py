@@ -106,9 +106,11 @@ def measure(prepared: Site, cases: Sequence[Case], *, rounds: int, seconds: int)
 
 def sample(prepared: Site, way: Way, case: Case, seconds: int) -> Sample:
     processes = way.processes(case[0])
-    before = _cpu_s(processes)
-    transactions, tps, latencies = pgbench(prepared, way, case, seconds)
-    cpu_s = _cpu_s(processes) - before
+    latencies: list[int] = []
+    while not latencies:  # in a short run, while the machine did something else, it may be that nothing was logged
+        before = _cpu_s(processes)
+        transactions, tps, latencies = pgbench(prepared, way, case, seconds)
+        cpu_s = _cpu_s(processes) - before
     return Sample(
         tps=tps,
         p50=_share(latencies, 0.5),

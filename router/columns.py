@@ -4,7 +4,8 @@ They are asked of a shard when a statement needs them first, and are then writte
 each value where the router took it to be, or refuses because the columns are others by now. Never the key in one place
 for the router, and in another one for the server.
 
-What was learnt is forgotten after DDL through this router, when a server refuses such a statement, and after a while.
+What was learnt is forgotten after DDL through this router, and when a server refuses such a statement; it is asked for
+again after a while.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -20,6 +22,7 @@ from router import placing
 from router.opening import NoServer
 from router.server import ServerError, ServerLost
 from router.statements import Added
+from router.statements.lexer import as_literal
 from router.statements.tables import Columns
 from shardmove.domain.moves import TableName
 from shardmove.wire import messages
@@ -44,15 +47,16 @@ class KnownColumns:
     def __init__(self, router: Router) -> None:
         self.by_table: dict[TableName, Columns] = {}
         self._router = router
-        self._asked_at: dict[TableName, float] = {}
+        self._asked: dict[TableName, tuple[float, ClientLogin]] = {}
         self._asking: dict[TableName, asyncio.Task[None]] = {}
-        self._oldest = 0.0
         self._generation = 0
 
     def may_ask(self, tables: Sequence[TableName]) -> bool:
         """Not where a shard has just been asked: the answer would be the same."""
-        now = time.monotonic()
-        return all(now - self._asked_at.get(table, -ASKED_AGAIN_S) >= ASKED_AGAIN_S for table in tables)
+        return all(self._age_s(table) > ASKED_AGAIN_S for table in tables)
+
+    def _age_s(self, table: TableName) -> float:
+        return time.monotonic() - self._asked[table][0] if table in self._asked else inf
 
     async def learn(self, session: Session, tables: Sequence[TableName]) -> bool:
         """Asks a shard, as the session's user; several sessions ask once. The statement is looked at anew then."""
@@ -72,20 +76,23 @@ class KnownColumns:
         return task
 
     async def _ask(self, login: ClientLogin, table: TableName) -> None:
+        columns: Columns | None = None
         try:
             async with asyncio.timeout(BOUND_S):
                 generation = -1
-                while generation != self._generation:
+                while generation != self._generation:  # else DDL came in between
                     generation = self._generation
                     columns = await self._read(login, table)
         except (NoServer, ServerError, ServerLost, TimeoutError) as error:
             log.warning("columns could not be asked for", table=str(table), error=str(error))
-            columns = None
-        self._asked_at[table] = time.monotonic()
-        if columns is not None:
-            self._oldest = self._oldest if self.by_table else time.monotonic()
+        self._asked[table] = time.monotonic(), login
+        if columns == self.by_table.get(table):
+            return
+        if columns is None:
+            del self.by_table[table]
+        else:
             self.by_table[table] = columns
-            self._router.plan_anew()
+        self._router.plan_anew()
 
     async def _read(self, login: ClientLogin, table: TableName) -> Columns | None:
         """None where there is no such table, or where its names are such that clients' encodings matter."""
@@ -113,14 +120,21 @@ class KnownColumns:
     def forget(self) -> None:
         """They may be others now. Safe to repeat."""
         self._generation += 1
-        self._asked_at.clear()
+        self._asked.clear()
         if self.by_table:
             self.by_table.clear()
             self._router.plan_anew()
 
-    def forget_old(self) -> None:
-        if self.by_table and time.monotonic() - self._oldest > AGE_MAX_S:
+    def doubt(self) -> None:
+        """A server refused what was written: they may be others; not where they have just been asked for."""
+        if all(self._age_s(table) > ASKED_AGAIN_S for table in self.by_table):
             self.forget()
+
+    def refresh(self) -> None:
+        """Asks for those once more that are old."""
+        for table in self.by_table:
+            if self._age_s(table) > AGE_MAX_S:
+                self._begin(self._asked[table][1], table)
 
 
 def told_of(frame: bytes, added: Sequence[Added]) -> bytes:
@@ -142,7 +156,7 @@ def _as_said(position: int, added: Sequence[Added]) -> int:
 
 
 def _query(table: TableName) -> bytes:
-    schema, name = placing.literal(table.schema), placing.literal(table.name)
+    schema, name = as_literal(table.schema), as_literal(table.name)
     return f"""
         SELECT a.attname, a.attgenerated <> ''
         FROM pg_catalog.pg_attribute a

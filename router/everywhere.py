@@ -150,12 +150,14 @@ class Work:
 
     Attributes:
         running: where it is just now, if a client's cancel may stop it there.
+        is_cancelled: the client has asked for that, perhaps between two shards.
     """
 
     def __init__(self, session: Session, asked: Asked, shards: Sequence[str]) -> None:
         self.session = session
         self.shards = shards
         self.running: Server | None = None
+        self.is_cancelled = False
         self._asked = asked
 
     async def to_its_end(self, work: Coroutine[Any, Any, Answer]) -> bytes:
@@ -167,6 +169,7 @@ class Work:
             except asyncio.CancelledError:
                 if self.session.is_closing or task.cancelled():
                     raise
+                self.is_cancelled = True
                 if self.running is not None:
                     self.session.router.cancel_at(self.running)
 
@@ -176,11 +179,14 @@ class Work:
         self.running = server
         try:
             if self._asked.is_simple:
-                await server.run(self._asked.text, answer.take)
+                done = server.run(self._asked.text, answer.take)
             else:
                 data, owed = self._asked.opening(self._asked.text)
                 data += messages.execute(b"") + messages.SYNC
-                await server.exchange(data, [*owed, Owed.EXECUTE, Owed.SYNC], answer.take)
+                done = server.exchange(data, [*owed, Owed.EXECUTE, Owed.SYNC], answer.take)
+            if self.is_cancelled:
+                self.session.router.cancel_at(server)
+            await done
         finally:
             self.running = None
         return answer

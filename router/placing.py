@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from router.opening import NoServer
 from router.server import Server, ServerError, ServerLost
+from router.statements.lexer import as_literal
 from router.units import ANYWHERE, Kind, Need, Refusal, Unit
 from router.variables import IDENTITY
 from shardmove.domain.errors import ShardmoveError
@@ -185,6 +186,11 @@ async def _take_at(session: Session, shard: str) -> None:
     router = session.router
     for _ in range(SPOILT_MAX):
         server = session.servers.get(shard)
+        if server is not None and server.is_closed:  # its end has not come yet, only its last words
+            session.lose(server)
+            router.forget(server)
+            _tell_lost(session, server.holds_state)
+            server = None
         if server is None:
             began = time.monotonic()
             server = await router.pool(shard, session.login).acquire()
@@ -439,13 +445,7 @@ def unsafe(name: str, value: str) -> Refusal | None:
 def set_config(name: str, value: str, *, is_local: bool = False) -> bytes:
     """A setting as a statement, whatever its value is."""
     local = "true" if is_local else "false"
-    return f"SELECT pg_catalog.set_config({literal(name)}, {literal(value)}, {local})".encode()
-
-
-def literal(text: str) -> str:
-    """Right whatever standard_conforming_strings says."""
-    quoted = text.replace("'", "''").replace("\\", "\\\\")
-    return f" E'{quoted}'"
+    return f"SELECT pg_catalog.set_config({as_literal(name)}, {as_literal(value)}, {local})".encode()
 
 
 def _identifier(name: str) -> bytes:

@@ -28,6 +28,7 @@ from typing import Final, NamedTuple
 import psycopg
 from psycopg import sql
 
+from router.statements.lexer import as_literal
 from shardmove.config import Config
 from shardmove.domain import points
 from shardmove.domain.errors import ShardmoveError
@@ -60,9 +61,8 @@ def gid_of(router_id: str, number: int, decider: str) -> str:
 
 
 def quoted(gid: str) -> bytes:
-    """As a literal; a shard's name may hold anything."""
-    text = gid.replace("\\", "\\\\").replace("'", "''")
-    return f" E'{text}'".encode()
+    """A shard's name in it may hold anything."""
+    return as_literal(gid).encode()
 
 
 def lock_statement(gid: str) -> bytes:

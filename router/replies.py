@@ -223,7 +223,7 @@ class Replies:
 
     def _about_columns(self, unit: Unit, frame: bytes) -> bytes:
         if messages.error_fields(frame[5:]).get("C") in columns.STALE:
-            self._session.router.columns.forget()
+            self._session.router.columns.doubt()
         return columns.told_of(frame, unit.added)
 
     def _stop_copying(self, unit: Unit | None) -> None:

@@ -335,6 +335,7 @@ class Server(asyncio.Protocol):
         frame = data[at:end]
         if not self.replies.first:  # the server says good-bye: FATAL, and nothing was asked
             self.farewell = frame
+            self.is_closed = True  # its end is on the way, and may be seen only after somebody has taken it
             self._error = b""
             return False
         was_poisoned = self.replies.first == Owed.POISON

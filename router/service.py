@@ -435,6 +435,6 @@ class Router:
         while True:
             self.recover_soon()
             await asyncio.sleep(HOUSEKEEPING_S)
-            self.columns.forget_old()
+            self.columns.refresh()
             for pool in self.pools.values():
                 pool.close_older(self.settings.idle_server_s)

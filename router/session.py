@@ -278,7 +278,8 @@ class Session(asyncio.Protocol):
         items, unit.waiting = unit.waiting, []
         unit.is_begun = True
         unit.remember(items, self.limits.buffer_bytes)
-        self.last_shard = server.shard
+        if not unit.need.is_at_target:  # what floats there next would have nobody to answer it in time
+            self.last_shard = server.shard
         out: list[bytes] = []
         sent = server.replies.sent
         for item in items:

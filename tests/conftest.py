@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 SEED_VARIABLE: Final = "SHARDMOVE_SEED"
 
 pytest.register_assert_rewrite("tests.support")  # before one of its modules imports another
+
+# How long an example takes is the machine's affair.
+settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")
 
 pytest_plugins = [
     f"tests.support.{module.stem}"

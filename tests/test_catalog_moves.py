@@ -284,9 +284,9 @@ def test_a_follower_sees_every_event_of_concurrent_writers_once_and_in_order(cat
                 own.record("step", number=n, worker=worker)
 
     with ThreadPoolExecutor(4) as pool:
-        follower = pool.submit(lambda: list(islice(catalog.follow(after_id=last, poll_s=60), 150)))
+        follower = pool.submit(lambda: list(islice(catalog.follow(after_id=last, poll_s=300), 150)))
         list(pool.map(write, range(3)))
-        seen = follower.result(timeout=60)
+        seen = follower.result(timeout=200)
     assert [event.id for event in seen] == sorted({event.id for event in seen})
     assert {(event.detail["worker"], event.detail["number"]) for event in seen} == {
         (worker, n) for worker in range(3) for n in range(50)

@@ -307,7 +307,7 @@ def test_each_epoch_is_notified(catalog: Catalog, dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as listener:
         listener.execute("LISTEN shardmove_routes")
         catalog.publish(split(100), base=1, reason="a test")
-        assert [n.payload for n in listener.notifies(timeout=10, stop_after=1)] == ["2"]
+        assert [n.payload for n in listener.notifies(timeout=100, stop_after=1)] == ["2"]
 
 
 def test_the_last_thousand_epochs_are_kept(catalog: Catalog, dsn: str) -> None:
@@ -378,7 +378,7 @@ def test_a_writer_that_is_stopped_holds_nobody_up_and_writes_the_newest_epoch_in
             stopped = pool.submit(publish, 1, 100)
             assert arrived.wait(60)
         try:
-            assert pool.submit(publish, 2, 200).result(30) == 3
+            assert pool.submit(publish, 2, 200).result(50) == 3
         finally:
             wake.set()
         assert stopped.result(60) == 2

@@ -41,6 +41,7 @@ from tests.support.twins import (
 )
 from workers.copy import BatchBlocked
 
+BOUND_S: Final = 180.0
 POINTS: Final = (
     "catch_up.after_receiver_lock",
     "catch_up.after_giver_snapshot",
@@ -198,7 +199,7 @@ def test_a_value_that_a_batch_commits_meanwhile_does_not_end_the_mirror(shop: En
 
         with once("batch.before_compare", value_moves_on):
             copy_batch(shop, (("100", "6"), None))
-        others[0].result(60)
+        others[0].result(BOUND_S)
     copy_batch(shop, ordinal=2)
     carry_all(shop)
     assert differences(shop) == []
@@ -211,8 +212,8 @@ def test_a_deadlock_with_a_batch_does_not_end_the_mirror(shop: Engine) -> None:
                " UPDATE orders SET note = 'i' WHERE tenant_id = 100 AND id = 2;"
                " UPDATE orders SET note = 'h' WHERE tenant_id = 100 AND id = 3")  # fmt: skip
     with mirror(shop) as running, shop.connect("s2") as a_batch:
-        running.receiver.execute("SET deadlock_timeout = '3s'")
-        a_batch.execute("SET deadlock_timeout = '60s'")
+        running.receiver.execute("SET deadlock_timeout = '6s'")  # it looks once: the circle has to be closed by then
+        a_batch.execute("SET deadlock_timeout = '200s'")
         a_batch.execute("BEGIN")
         become_replica(a_batch, shop.move.id, shop.tables)
         a_batch.execute("INSERT INTO public.orders VALUES (100, 8, 'h')")
@@ -220,7 +221,7 @@ def test_a_deadlock_with_a_batch_does_not_end_the_mirror(shop: Engine) -> None:
         until(lambda: other.done() or waits_for_a_transaction(shop))
         a_batch.execute("INSERT INTO public.orders VALUES (100, 9, 'i')")
         a_batch.execute("ROLLBACK")
-        other.result(60)
+        other.result(BOUND_S)
     copy_batch(shop, (("100", "6"), None))
     copy_batch(shop, ordinal=2)
     carry_all(shop)
@@ -309,7 +310,11 @@ class Passing:
         """Raises what a thread died of, where that was not a fault of ours."""
         self._stop.set()
         for thread in self._threads:
-            thread.result(60)
+            thread.result(BOUND_S)
+
+    def has_failed(self) -> bool:
+        """`stop` says why."""
+        return any(thread.done() for thread in self._threads)
 
     def may_die(self, _point: str) -> None:
         running: Mirror | None = getattr(self._mine, "mirror", None)
@@ -341,8 +346,10 @@ def passing(engine: Engine, rng: random.Random, *, threads: int, faults: float) 
     with ExitStack() as stack:
         for point in POINTS:
             stack.enter_context(points.armed(point, running.may_die))
-        yield running
-        running.stop()
+        try:
+            yield running
+        finally:
+            running.stop()
 
 
 def write_until(engine: Engine, rng: random.Random, enough: threading.Event) -> int:
@@ -354,6 +361,7 @@ def write_until(engine: Engine, rng: random.Random, enough: threading.Event) -> 
     return written
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("life", range(2))
 def test_several_mirrors_that_die_beside_writers_and_batches_end_equal(
     shop: Engine, rng: random.Random, life: int
@@ -362,10 +370,12 @@ def test_several_mirrors_that_die_beside_writers_and_batches_end_equal(
     enough = threading.Event()
     with passing(shop, rng, threads=3, faults=0.02) as running:
         writers = [spawn(lambda: write_until(shop, random.Random(rng.random()), enough)) for _ in range(2)]
-        copy_in_turn(shop, cut(rng), lambda: until(another_pass(running)))
-        until(lambda: running.passes > 150 and running.deaths > 5, timeout_s=120)
-        enough.set()
-        assert sum(writer.result(60) for writer in writers) > 0
+        try:
+            copy_in_turn(shop, cut(rng), lambda: until(another_pass(running)))
+            until(lambda: running.has_failed() or (running.passes > 150 and running.deaths > 5), timeout_s=600)
+        finally:
+            enough.set()
+        assert sum(writer.result(BOUND_S) for writer in writers) > 0
     carry_all(shop)
     assert differences(shop) == []
 
@@ -373,4 +383,4 @@ def test_several_mirrors_that_die_beside_writers_and_batches_end_equal(
 def another_pass(running: Passing) -> Callable[[], bool]:
     """Whether a pass that began later than this call has ended: at most three were under way."""
     wanted = running.passes + 4
-    return lambda: running.passes >= wanted
+    return lambda: running.has_failed() or running.passes >= wanted

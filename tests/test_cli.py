@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +14,13 @@ import pytest
 from shardmove.cli.exits import EXITS, Exit, exit_code
 from shardmove.cli.signals import stoppable
 from shardmove.cli.words import listed, seconds
+from shardmove.coordinator.hold import PAUSE_LOOK_S
 from shardmove.domain import errors, points
 from shardmove.domain.moves import State
 from shardmove.protocol import objects
 from tests.support.engine import until
 from tests.support.shell import Shell, Start
-from tests.support.world import World
+from tests.support.world import BOUND_S, World
 
 STEPS_OF_A_CUTOVER = ("open an attempt", "close the fence of s1", "the cutover", "open the fence of s2")
 
@@ -280,6 +282,9 @@ def copying_held_up(world: World) -> Iterator[None]:
         locker.execute("ROLLBACK")
 
 
+SEVERAL_LOOKS_S = 3 * PAUSE_LOOK_S
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
     world: World, shell: Shell, start: Start, planned: str, number: signal.Signals
@@ -309,8 +314,15 @@ def test_a_second_interrupt_ends_the_process_and_the_same_command_goes_on(
         running.signal(signal.SIGINT)
         running.read_until("stopping")
         running.signal(signal.SIGINT)
-        assert running.process.wait(timeout=10) == -signal.SIGINT
+        assert running.process.wait(timeout=BOUND_S) == -signal.SIGINT
+    until(lambda: not is_held(world, planned))
     assert shell("run", planned).code == Exit.DONE
+
+
+def is_held(world: World, move_id: str) -> bool:
+    """The server takes a moment to notice that a coordinator has died."""
+    holder = world.catalog.holder(move_id)
+    return holder is not None and holder.is_connected
 
 
 def test_a_pause_stops_the_coordinator_until_it_is_resumed(
@@ -320,7 +332,9 @@ def test_a_pause_stops_the_coordinator_until_it_is_resumed(
         running = start("run", planned)
         until(lambda: world.move(planned).state is State.COPYING)
         assert shell("pause", planned, "--json").document["moves"][0]["paused"]
-        running.read_until("progress")  # by then, it has looked several times
+        paused_at = time.monotonic()
+        while time.monotonic() < paused_at + SEVERAL_LOOKS_S:
+            running.read_until("progress")  # one line may be from before the pause
     said = running.end()
     assert said.code == Exit.INTERRUPTED
     assert f"shardmove resume {planned}" in said.stderr
@@ -370,7 +384,7 @@ def test_a_move_that_ended_keeps_no_error(world: World, shell: Shell, planned: s
 
 def test_a_timeout_sets_the_same_event_as_an_interrupt() -> None:
     with stoppable(timeout_s=0.01) as stop:
-        assert stop.wait(10)
+        assert stop.wait(BOUND_S)
 
 
 def test_serve_attends_until_it_is_told_to_end(world: World, shell: Shell, start: Start, planned: str) -> None:
@@ -378,7 +392,7 @@ def test_serve_attends_until_it_is_told_to_end(world: World, shell: Shell, start
     assert shell("status", "--json").document["moves"][0]["unattended"]
     serving = start("serve")
     until(lambda: not shell("status", "--json").document["moves"][0]["unattended"])
-    assert shell("diagnose", "--json").document == {"findings": []}
+    until(lambda: shell("diagnose", "--json").document == {"findings": []})
     serving.signal(signal.SIGTERM)
     assert serving.end().code == Exit.DONE
 

@@ -11,14 +11,14 @@ from shardmove.demo.ledger import ANYTHING, Ledger, Outcome, Write
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Direction, State
 from tests.support.router import Routers
-from tests.support.world import World
+from tests.support.world import BOUND_S, World
 
 LATE = {operation.__name__ for operation in operations.LATE}
 
 
 def test_clients_of_a_router_see_no_error_in_a_whole_move(world: World, routers: Routers) -> None:
     """Transactions may be told to try again; single statements are told nothing but their result."""
-    router = routers.start(world.write_config())
+    router = routers.start(world.write_config(), hold_timeout_s=60.0)
     with world.writers(router_dsn=router.dsn(), singles_share=0.6) as fleet:
         fleet.await_writes(50)
         move_id = world.split(at=20)
@@ -42,7 +42,7 @@ def test_clients_of_a_router_see_no_error_in_a_whole_move(world: World, routers:
 @pytest.mark.fault
 def test_a_router_that_dies_leaves_unknown_outcomes_and_no_lies(world: World, routers: Routers) -> None:
     router = routers.start(world.write_config())
-    with world.writers(router_dsn=router.dsn(), singles_share=0.6, rate=1000.0) as fleet:
+    with world.writers(router_dsn=router.dsn(), singles_share=0.6, rate=1000.0, deadline_s=BOUND_S) as fleet:
         for _ in range(3):
             fleet.await_writes(40)
             router.kill()

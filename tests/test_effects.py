@@ -25,8 +25,9 @@ from shardmove.domain.points import PLACES, Effect
 from shardmove.faults import REACHED, VARIABLE
 from shardmove.postgres import connect as connecting
 from shardmove.postgres import effects
+from tests.support.engine import until
 from tests.support.servers import Databases
-from tests.support.world import World
+from tests.support.world import BOUND_S, World
 
 ROOTS: Final = tuple(Path(str(package.__file__)).parent for package in (shardmove, workers))
 COMMITS: Final = Path("shardmove/postgres/effects.py")
@@ -265,12 +266,18 @@ def orders(world: World, tmp_path: Path) -> Orders:
     return Orders(world, tmp_path / "orders")
 
 
+def is_free(world: World, move_id: str) -> bool:
+    holder = world.catalog.holder(move_id)
+    return holder is None or not holder.is_connected
+
+
 @pytest.mark.fault
+@pytest.mark.timeout(900)
 def test_a_command_and_its_workers_carry_out_each_order_once(world: World, orders: Orders) -> None:
     move = world.split()
     orders.give(Effect.ARM.before, "error")
     failing = orders.start("run", move)
-    _, errors = failing.communicate(timeout=60)
+    _, errors = failing.communicate(timeout=BOUND_S)
     assert failing.returncode == 1
     assert b"a fault was ordered at arm.before" in errors
 
@@ -281,11 +288,12 @@ def test_a_command_and_its_workers_carry_out_each_order_once(world: World, order
     assert os.WIFSTOPPED(status)
     orders.give(Effect.MARK_WHOLE.after, "kill")
     paused.send_signal(signal.SIGCONT)
-    paused.communicate(timeout=60)
+    paused.communicate(timeout=BOUND_S)
     assert paused.returncode == -signal.SIGKILL
+    until(lambda: is_free(world, move))  # the server has noticed; before, the next one is told that the move is held
 
     again = orders.start("run", move)
-    assert again.communicate(timeout=60)[1].count(b"fault") == 0
+    assert again.communicate(timeout=BOUND_S)[1].count(b"fault") == 0
     assert again.returncode == 0
     assert orders.taken() == ["arm.before", "batch.after", "mark_whole.after", "mark_whole.before"]
     assert {"take_lease.before", "arm.after", "transition.after"} <= orders.reached("command")

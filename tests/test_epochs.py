@@ -15,7 +15,7 @@ from shardmove.domain.errors import ConfigurationError, Refused, ServerChanged, 
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import State
 from shardmove.domain.points import Effect
-from tests.support.followers import PATIENCE_S, Follower, following, until
+from tests.support.followers import CONFIRM_S, PATIENCE_S, Follower, following, until
 from tests.support.world import World
 
 
@@ -104,11 +104,16 @@ def test_a_view_without_news_is_not_handed_over(world: World) -> None:
 # --- what is not trusted
 
 
+def is_given_up(follower: Follower) -> bool:
+    """It is not fresh any more because it has met with trouble, and not because it got no turn."""
+    return follower.epochs.trouble is not None and not follower.epochs.is_fresh(time.monotonic())
+
+
 def test_a_router_that_cannot_beat_is_not_fresh_for_long_and_keeps_its_view(world: World) -> None:
     with following(world.config, confirm_s=0.4) as follower:
         view = follower.epochs.view
         with points.armed(Effect.BEAT_ROUTER.before, _raise_unreachable):
-            until(lambda: not follower.epochs.is_fresh(time.monotonic()), "not fresh any more")
+            until(lambda: is_given_up(follower), "not fresh any more")
             assert follower.epochs.view is view
             assert isinstance(follower.epochs.trouble, Unreachable)
         until(lambda: follower.epochs.is_fresh(time.monotonic()), "fresh again")
@@ -127,7 +132,11 @@ def test_who_is_not_waited_for_serves_no_moving_range(
             world.catalog.beat_router(follower.epochs.id, "r1", "here", os.getpid(), 0.4, 0)
         with points.armed(Effect.BEAT_ROUTER.before, _raise_unreachable):
             until(lambda: world.catalog.late_routers(99) == [], "not waited for any more")
-            assert follower.epochs.is_fresh(time.monotonic()) is not beats_first
+            if beats_first:
+                assert not follower.epochs.is_fresh(time.monotonic())
+            else:
+                until(lambda: follower.epochs.is_fresh(time.monotonic()), "the twin goes on")
+                assert world.catalog.late_routers(99) == []
 
 
 def test_a_server_that_is_away_is_found_again(world: World) -> None:
@@ -154,7 +163,7 @@ def test_an_older_epoch_is_neither_taken_nor_confirmed(world: World) -> None:
             assert view.epoch == epoch
             connection.execute("UPDATE shardmove_catalog.cluster SET epoch = epoch - 1")
             connection.execute("NOTIFY shardmove_routes")
-            until(lambda: not follower.epochs.is_fresh(time.monotonic()), "not fresh any more")
+            until(lambda: is_given_up(follower), "not fresh any more")
             assert follower.epochs.view is view
             assert isinstance(follower.epochs.trouble, ServerChanged)
             assert "lost its last commits" in follower.epochs.trouble.message
@@ -164,7 +173,7 @@ def test_a_catalog_that_is_upgraded_beneath_is_not_followed(world: World) -> Non
     with following(world.config, confirm_s=0.4) as follower:
         with psycopg.connect(world.dsns["cat"], autocommit=True) as connection:
             connection.execute("INSERT INTO shardmove_catalog.upgrade_hook VALUES (1000, '9.9.0', '9.9.0')")
-        until(lambda: not follower.epochs.is_fresh(time.monotonic()), "not fresh any more")
+        until(lambda: is_given_up(follower), "not fresh any more")
         assert isinstance(follower.epochs.trouble, Refused)
         with psycopg.connect(world.dsns["cat"], autocommit=True) as connection:
             connection.execute("DELETE FROM shardmove_catalog.upgrade_hook WHERE number = 1000")
@@ -211,6 +220,7 @@ def test_counts_reach_the_phase_that_they_belong_to(world: World) -> None:
         until(lambda: world.catalog.traffic(move_id).differing == 1, "counted")
         traffic = world.catalog.traffic(move_id)
         assert (traffic.compared, traffic.passes, traffic.failures) == (7, 2, 1)
+        until(lambda: world.catalog.differences(move_id) != [], "recorded")
         (found,) = world.catalog.differences(move_id)
         assert (found.router, found.table, found.key, found.source_rows) == ("r1", "orders", "20", "(1)")
         world.catalog.set_phase(move_id, 3, 2, lease_number=held.lease.number)
@@ -259,7 +269,7 @@ def test_falling_back_asks_once_and_fails_where_the_catalog_is_away(world: World
                     several[0].result(PATIENCE_S)
                 points.disarm(Effect.BEAT_ROUTER.before)
                 until(lambda: world.catalog.traffic(move_id).phase == 3, "what was asked for is done")
-        assert 1 <= len(asked) <= 2
+        assert 1 <= len(asked) < 10  # what failed meanwhile is asked for once more
         assert not follower.epochs.fall_back(move_id, fact.phase_number, "test").result(PATIENCE_S)
 
 
@@ -273,13 +283,13 @@ def test_commits_are_mirrored_first_until_everybody_has_heard_that_the_reads_end
             other.epochs.acknowledge(view.epoch)
             world.catalog.set_phase(move_id, 4, 3, lease_number=held.lease.number)
             fact = one.await_phase(move_id, 3).moves[move_id]
-            assert time.monotonic() < fact.mirrored_until < time.monotonic() + 4
+            assert time.monotonic() < fact.mirrored_until < time.monotonic() + 1.25 * CONFIRM_S + 1
             other.epochs.acknowledge(other.await_phase(move_id, 3).epoch)
             one.await_view(lambda v: v.moves[move_id].mirrored_until == -following_epochs.FOREVER)
 
 
 def test_a_killed_router_is_waited_for_until_it_has_been_silent_for_long(world: World) -> None:
-    follower = Follower(world.config, confirm_s=0.8)
+    follower = Follower(world.config, confirm_s=5.0)
     follower.epochs.start()
     epoch = publish(world, "s2")
     until(lambda: acknowledged(world) == epoch, "acknowledged")

@@ -20,6 +20,7 @@ from tests.support.cases import Case, MakeDatabase, page, run_case
 PAGE: Final = Path(__file__).parents[1] / "docs" / "kinds.md"
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.kind)
 def test_kind(case: Case, make_database: MakeDatabase) -> None:
     run_case(case, make_database)

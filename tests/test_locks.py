@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,23 +25,23 @@ ORDERS = TableName("public", "orders")
 
 
 @contextmanager
-def batches(dsn: str, first: LiteralString) -> Iterator[None]:
+def batches(dsn: str, first: LiteralString, *, patience_s: float | None) -> Iterator[None]:
     """Two sessions write to the table hand over hand, as workers of another move do: each commits once the other has
-    written since, or was kept from it for half a second."""
+    written since, or was kept from it for so long. Without a bound there is always one that has written."""
     enough, begun = threading.Event(), threading.Barrier(3)
     may_commit = [threading.Semaphore(0), threading.Semaphore(0)]
 
     def write(me: int) -> None:
         with connect(dsn, application_name="shardmove m7") as connection:
-            for number in range(10_000):
+            for number in itertools.count():
                 with connection.transaction():
                     connection.execute(first)
-                    connection.execute("INSERT INTO public.orders VALUES (%s)", (10_000 * me + number,))
+                    connection.execute("INSERT INTO public.orders VALUES (%s)", (2 * number + me,))
                     if number == 0:
                         begun.wait()
                     if (me, number) != (0, 0):
                         may_commit[1 - me].release()
-                    may_commit[me].acquire(timeout=0.5)
+                    may_commit[me].acquire(timeout=patience_s)
                 if enough.is_set():
                     return
 
@@ -52,6 +53,8 @@ def batches(dsn: str, first: LiteralString) -> Iterator[None]:
         yield
     finally:
         enough.set()
+        for each in may_commit:
+            each.release()
         for thread in threads:
             thread.join()
 
@@ -67,12 +70,12 @@ def test_our_own_writers_give_way_to_a_change_of_the_table(databases: Databases,
             connection.execute("LOCK TABLE public.orders IN SHARE ROW EXCLUSIVE MODE")
 
         patience = Patience(lock_timeout_ms=20, total_s=60 if mechanism == "with" else 3)
-        with batches(dsn, GIVE_WAY if mechanism == "with" else "SELECT 1"):
-            if mechanism == "with":
+        if mechanism == "with":
+            with batches(dsn, GIVE_WAY, patience_s=0.5):
                 change_table(connection, ORDERS, Effect.ARM, change, patience=patience)
-            else:
-                with pytest.raises(Failed, match="could not lock the table orders"):
-                    change_table(connection, ORDERS, Effect.ARM, change, patience=patience)
+        else:
+            with batches(dsn, "SELECT 1", patience_s=None), pytest.raises(Failed, match="could not lock the table"):
+                change_table(connection, ORDERS, Effect.ARM, change, patience=patience)
 
 
 def test_who_is_in_the_way_is_named_also_on_a_partition(databases: Databases) -> None:

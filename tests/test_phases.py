@@ -91,7 +91,8 @@ def test_twin_without_the_wait_the_fence_is_closed_before_the_routers_hold(
 
 
 def test_a_late_router_is_not_waited_for_for_long_and_the_cutover_goes_on(make_world: MakeWorld) -> None:
-    with ready(make_world, router_grace_ms=1.0) as (world, move_id), following(world.config, acknowledges=False):
+    limits = {**PATIENT, "router_grace_ms": 1.0}
+    with ready(make_world, **limits) as (world, move_id), following(world.config, acknowledges=False):
         report, told = cut_over_telling(world, move_id)
         assert report.attempts == 1
         assert any("not waited for any longer: r1 (process" in step for step in told)
@@ -99,7 +100,7 @@ def test_a_late_router_is_not_waited_for_for_long_and_the_cutover_goes_on(make_w
 
 
 def test_a_late_router_makes_the_attempt_give_up_where_it_is_to(make_world: MakeWorld) -> None:
-    limits = {"router_grace_ms": 1.0, "late_routers": "give_up", "cutover_attempts": 2}
+    limits = {**PATIENT, "router_grace_ms": 1.0, "late_routers": "give_up", "cutover_attempts": 2}
     with ready(make_world, **limits) as (world, move_id):
         with following(world.config, acknowledges=False):
             with pytest.raises(CutoverGaveUp, match="routers have not acknowledged the hold in 1 ms: r1"):
@@ -114,7 +115,7 @@ def test_a_late_router_makes_the_attempt_give_up_where_it_is_to(make_world: Make
 
 @pytest.mark.parametrize("silent_s", [None, 4.0], ids=["no router", "a dead router"])
 def test_nobody_else_is_waited_for(make_world: MakeWorld, silent_s: float | None) -> None:
-    limits = {"router_grace_ms": 600_000.0, "late_routers": "give_up"}
+    limits = {**PATIENT, "router_grace_ms": 600_000.0, "late_routers": "give_up"}
     with ready(make_world, **limits) as (world, move_id):
         if silent_s is not None:
             register(world, "r1", silent_s=silent_s)
@@ -190,9 +191,8 @@ def test_a_move_that_is_not_ready_has_the_phase_of_its_state(make_world: MakeWor
 def test_each_gate_holds_the_phase_until_it_is_met(make_world: MakeWorld) -> None:
     with ready(make_world, phase_min_s=3600.0, phase_compared_min=10) as (world, move_id):
         set_phase(world, move_id, 3)
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(Refused, match=r"it has been there for \d+ s of at least 3600 s") as caught:
             set_phase(world, move_id, 4)
-        assert "it has been there for 0 s of at least 3600 s" in caught.value.message
         assert "0 of at least 10 reads were compared" in caught.value.message
         assert caught.value.hint == f"wait for it, or `shardmove phase {move_id} 4 --force`"
         assert world.catalog.traffic(move_id).phase == 3
@@ -452,9 +452,9 @@ def test_diagnose_names_routers_that_are_silent_or_stuck(make_world: MakeWorld, 
         set_phase(world, move_id, 2)
         with world.hold(move_id) as held:
             world.catalog.set_phase(move_id, 2, 3, lease_number=held.lease.number)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
-            world.catalog.beat_router("stuck", "stuck", "elsewhere", 1, 0.5, 0)
+            world.catalog.beat_router("stuck", "stuck", "elsewhere", 1, 4.0, 0)  # alive while it is looked at
             found = invoked(config, "diagnose", "--json").document["findings"]
             told = {each["subject"].split()[1]: each["problem"] for each in found if "router" in each["subject"]}
             if "stuck" in told and "still acts by epoch" in told["stuck"]:

@@ -171,7 +171,8 @@ def test_a_split_that_cuts_nothing_is_refused(zoo: Zoo, words: list[str], named:
 )
 def test_a_key_is_isolated_with_nothing_beside_it(zoo: Zoo, keyspace: str, key: str, range_: str) -> None:
     (move,) = zoo.plan("isolate", keyspace, "--key", key, "--to", "s3")["moves"]
-    type_ = Catalog.connect(zoo.dsns["cat"]).keyspace(keyspace).bound_type
+    with Catalog.connect(zoo.dsns["cat"]) as catalog:
+        type_ = catalog.keyspace(keyspace).bound_type
     assert type_.parse_range(move["ranges"][0]) == type_.parse_range(range_)
     again = zoo("plan", "isolate", keyspace, "--key", key, "--to", "s3")
     assert again.code == Exit.REFUSED

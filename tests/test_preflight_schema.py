@@ -24,7 +24,9 @@ from shardmove.coordinator.preflight import checklist
 from shardmove.coordinator.progress import Progress
 from shardmove.coordinator.run import run
 from shardmove.domain.moves import Direction, State, TableName
+from tests.support.engine import until
 from tests.support.preflight import ORDERS, MakePlan, Plan, line
+from tests.support.twins import spawn
 from workers.executors import InlineExecutor
 
 KEYS: Final = "every table has a key column of the keyspace's type"
@@ -108,9 +110,11 @@ def detach_and_die(plan: Plan) -> None:
     reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     reader.execute("SELECT FROM orders")
     detaching = plan.session("s1")
-    detaching.execute("SET statement_timeout = '1s'")
+    ended = spawn(lambda: detaching.execute("ALTER TABLE orders DETACH PARTITION orders_1 CONCURRENTLY"))
+    until(lambda: plan.execute("s1", "SELECT 1 FROM pg_inherits WHERE inhdetachpending") != [])
+    plan.execute("s1", f"SELECT pg_cancel_backend({detaching.info.backend_pid})")
     with pytest.raises(errors.QueryCanceled):
-        detaching.execute("ALTER TABLE orders DETACH PARTITION orders_1 CONCURRENTLY")
+        ended.result(60)
     reader.execute("ROLLBACK")
 
 

@@ -26,6 +26,7 @@ def _seeds() -> Sequence[int]:
     return SLICE if seeds is None else range(first, first + int(seeds))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", _seeds())
 def test_random_schema(seed: int, make_database: MakeDatabase, record_property: Callable[[str, object], None]) -> None:
     generated = generate(seed)

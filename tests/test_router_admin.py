@@ -25,7 +25,7 @@ from router.metrics import BOUNDS_S, Histogram, Stats
 from router.peers import Peers
 from shardmove.config import RouterSettings
 from shardmove.postgres.embedded import Cluster
-from tests.support.door import eventually
+from tests.support.door import DEADLINE_S, eventually
 from tests.support.router import ADMIN_DATABASE, USER, Router, Routers, cancelled
 from tests.support.servers import Databases
 from tests.support.world import World
@@ -38,7 +38,7 @@ def router(servers: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     databases = Databases(servers)
     world = World(databases, directory)
     with Routers(directory) as routers:
-        yield routers.start(world.write_config(), processes=2)
+        yield routers.start(world.write_config(), processes=2, hold_timeout_s=DEADLINE_S)
     world.catalog.close()
     databases.drop()
 
@@ -176,7 +176,7 @@ def test_a_client_is_killed_wherever_it_is(router: Router, console: psycopg.Conn
         with pytest.raises(psycopg.OperationalError):
             connection.execute("SELECT 1")
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="there is no client"):
-        console.execute("KILL 1")
+        console.execute("KILL 4000000")  # of the first process, and far from what it has given out
 
 
 def test_what_a_client_runs_is_cancelled_wherever_it_is(router: Router, console: psycopg.Connection) -> None:
@@ -191,17 +191,19 @@ def test_a_pause_lets_transactions_end_and_holds_new_ones_back(router: Router, c
     count = b"SELECT count(*) FROM customers WHERE tenant_id = 1"
     busy.execute("BEGIN")
     busy.execute(count)
-    console.execute("PAUSE")
-    busy.execute(count)
-    busy.execute("COMMIT")
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(waiting.execute(count).fetchone()))
-    thread.start()
-    pid = str(waiting.info.backend_pid)
-    eventually(lambda: {each["pid"]: each["state"] for each in rows(console, "SHOW CLIENTS")}[pid] != "idle")
-    assert not answers
-    console.execute("RESUME")
-    thread.join(30)
+    console.execute("PAUSE")
+    try:
+        busy.execute(count)
+        busy.execute("COMMIT")
+        thread.start()
+        pid = str(waiting.info.backend_pid)
+        eventually(lambda: any((each["pid"], each["state"]) == (pid, "held") for each in rows(console, "SHOW CLIENTS")))
+        assert not answers
+    finally:
+        console.execute("RESUME")
+    thread.join(DEADLINE_S)
     assert answers
 
 

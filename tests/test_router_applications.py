@@ -25,7 +25,6 @@ REFUSED = {
     "a cursor": "DECLARE c CURSOR WITH HOLD FOR SELECT * FROM items",
     "PREPARE": "PREPARE p AS SELECT * FROM items WHERE tenant_id = 1",
     "LOCK": "LOCK TABLE items",
-    "a COPY without columns": "COPY items FROM STDIN",
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from shardmove.demo import ledger
 from shardmove.demo.ledger import Ledger, Outcome, Write
-from tests.bank.ground import SHARDS, STALE_AFTER_S, Ground
+from tests.bank.ground import ROUTER, SHARDS, Ground
 from tests.bank.play import play
 from tests.bank.verdict import Verdict, judge
 from tests.support.router import Routers
@@ -29,11 +29,11 @@ def ground(databases: Databases, tmp_path: Path) -> Ground:
 
 
 @pytest.mark.fault
-@pytest.mark.timeout(SECONDS + 400)
+@pytest.mark.timeout(SECONDS + 1200)
 def test_money_stays_while_ranges_move_and_routers_die(
     ground: Ground, routers: Routers, tmp_path: Path, rng: random.Random
 ) -> None:
-    started = [routers.start(ground.config_file, stale_after_s=STALE_AFTER_S) for _ in range(2)]
+    started = [routers.start(ground.config_file, **ROUTER) for _ in range(2)]
     seed = rng.randrange(2**32)
     played = play(ground, started, tmp_path / "ledger", seed=seed, seconds=SECONDS, strike_every_s=5.0)
     print(played)

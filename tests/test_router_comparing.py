@@ -198,10 +198,10 @@ def test_a_client_reads_its_own_writes_at_the_target(
 
 @contextmanager
 def unwritten(world: World) -> Iterator[None]:
-    """The mirror waits; the target can be read."""
+    """The mirror waits for rows of the target, which can be read."""
     with world.connect("s2") as blocker:
         blocker.execute("BEGIN")
-        blocker.execute("LOCK TABLE tenants IN SHARE MODE")
+        blocker.execute("SELECT FROM tenants FOR UPDATE")
         yield
         blocker.execute("ROLLBACK")
 

@@ -20,7 +20,7 @@ from shardmove.config import Address, RouterSettings, parse
 from shardmove.domain.errors import ConfigurationError
 from shardmove.wire import messages
 from shardmove.wire.scram import ScramClient, Verifier
-from tests.support.door import LOOPS, PASSWORD, USERS, House, RawClient, eventually, opened, startup
+from tests.support.door import DEADLINE_S, LOOPS, PASSWORD, USERS, House, RawClient, eventually, opened, startup
 
 
 def test_libpq_logs_in_with_a_password(house: House) -> None:
@@ -183,8 +183,8 @@ def test_terminate_in_the_middle_of_a_login_leaves_nothing(house: House) -> None
 def test_a_login_that_takes_too_long_is_ended(short_path: Path, said: bytes, loop: str) -> None:
     with opened(short_path, loop=loop, login_timeout_s=0.2) as house:
         client = RawClient(house.connected())
-        client.say(said)
         with pytest.raises(ConnectionError):  # noqa: PT012
+            client.say(said)  # it may be late already
             while client.next() is not None:
                 pass
             raise ConnectionResetError
@@ -293,7 +293,7 @@ def test_a_cancel_request_reaches_its_session_only(house: House, version: str, l
     with psycopg.connect(**house.dsn(max_protocol_version=version)) as one, psycopg.connect(**house.dsn()) as other:
         mine, others = (house.clients[each.info.backend_pid] for each in (one, other))
         assert len(mine.secret) == length
-        one.cancel_safe(timeout=10)
+        one.cancel_safe(timeout=DEADLINE_S)
         eventually(lambda: (mine.cancelled, others.cancelled) == (1, 0))
     house.wait_until_empty()
 

@@ -45,7 +45,8 @@ def long_result(megabytes: int) -> str:
 
 
 def test_many_clients_share_few_server_connections(routed: Routed) -> None:
-    router = routed.router(pooling="transaction", servers_max=10, clients_max=CLIENTS + 10, queue_timeout_s=60.0)
+    bounds = {"queue_timeout_s": BOUND_S, "login_timeout_s": BOUND_S, "connect_timeout_s": BOUND_S}
+    router = routed.router(pooling="transaction", servers_max=10, clients_max=CLIENTS + 10, **bounds)
     routed.execute("s1", f"INSERT INTO items (tenant_id, id) SELECT i, 1 FROM generate_series(0, {SPLIT_AT - 1}) i")
     routed.execute("s2", f"INSERT INTO items (tenant_id, id) SELECT {SPLIT_AT} + i, 1 FROM generate_series(0, 99) i")
     before = router.memory_bytes()
@@ -165,7 +166,8 @@ def active(routed: Routed) -> list[Any]:
 def test_a_client_that_sends_without_reading_is_made_to_wait(routed: Routed) -> None:
     """Statements by the thousand, each with a result of 100 kB, before the first answer is read."""
     router, count = routed.router(), 2_000
-    with RawClient(router.port, dbname=routed.dbname) as client:
+    with RawClient(router.port, dbname=routed.dbname, bound_s=BOUND_S) as client:
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # else that may be large enough for most
         before = router.memory_bytes()
         statements = wire.query(long_text(100)) * count
         sent = [0]
@@ -207,7 +209,7 @@ def await_rest(number: Callable[[], int]) -> None:
 
 def long_text(kilobytes: int) -> str:
     """A statement that is long itself, and so is its result: neither side of the client can swallow many of them."""
-    return f"SELECT repeat('x', {kilobytes * 1024}) /* {'y' * 5_000} */"
+    return f"SELECT repeat('x', {kilobytes * 1024}) /* {'y' * 10_000} */"
 
 
 # --- very large values

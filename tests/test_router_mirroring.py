@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -50,7 +50,8 @@ class Parts:
 
 
 @pytest.fixture
-def parts(world: World) -> Iterator[Parts]:
+def parts(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
+    monkeypatch.setattr(mirroring, "WAIT_MS", int(PATIENCE_S * 1000))  # no pass fails because the machine is slow
     with following(world.config, confirm_s=0.8) as follower:
         made = Parts(world, follower)
         yield made
@@ -101,17 +102,23 @@ def test_a_pass_that_began_before_the_commit_answers_nobody_who_asked_after_it(
 
     parts.done()
     damage: list[str] = []
+    judged = threading.Event()
+
+    def judge(_: object) -> None:
+        damage.extend([parts.name()] if parts.name() != "later" else [])
+        judged.set()
+
     with points.armed("catch_up.after_giver_snapshot", wait):
         first = parts.mirroring.pass_after(parts.move_id)
         assert under_way.wait(PATIENCE_S)
         parts.write("later")
         second = parts.mirroring.pass_after(parts.move_id)
-        second.add_done_callback(lambda _: damage.append(parts.name()) if parts.name() != "later" else None)
+        second.add_done_callback(judge)
         points.disarm("catch_up.after_giver_snapshot")
         go_on.set()
         first.result(PATIENCE_S)
         second.result(PATIENCE_S)
-    until(lambda: mechanism.on or bool(damage), "judged")
+    assert judged.wait(PATIENCE_S)
     mechanism.judge(damage)
 
 
@@ -254,7 +261,7 @@ def test_after_the_end_everything_fails_at_once(parts: Parts) -> None:
     with pytest.raises(Failed, match="ending"):
         parts.mirroring.ensure_open(parts.move_id).result(PATIENCE_S)
     parts.mirroring.wake(parts.move_id)
-    assert all(helper.is_idle for helper in parts.mirroring._carriers.values())
+    until(lambda: all(helper.is_idle for helper in parts.mirroring._carriers.values()), "the threads have ended")
 
 
 def test_threads_are_bounded_and_those_without_work_make_room(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,9 +324,10 @@ def test_an_open_attempt_is_left_alone(parts: Parts) -> None:
     with dying_at(Effect.CLOSE.after):
         parts.world.cut_over(parts.move_id)
     assert not parts.mirroring.ensure_open(parts.move_id).result(PATIENCE_S)
-    assert parts.world.catalog.attempt(parts.move_id, 1).outcome is Outcome.OPEN
+    move = parts.world.move(parts.move_id)
+    assert parts.world.catalog.attempt(move.id, move.last_attempt).outcome is Outcome.OPEN
     assert not accepts(parts.world, "s1")
-    parts.world.catalog.settle_attempt(parts.world.move(parts.move_id), 1, "test")
+    parts.world.catalog.settle_attempt(move, move.last_attempt, "test")
     assert parts.mirroring.ensure_open(parts.move_id).result(PATIENCE_S)
     assert accepts(parts.world, "s1")
 
@@ -333,11 +341,13 @@ def test_a_move_without_attempts_is_open(parts: Parts) -> None:
 
 
 def test_openings_beside_a_coordinator_are_in_nobodys_way(parts: Parts) -> None:
+    """But a coordinator ends whoever is within a transaction when it begins: that one is opened anew."""
     stop = threading.Event()
 
     def ask() -> None:
         while not stop.is_set():
-            parts.mirroring.ensure_open(parts.move_id).result(PATIENCE_S)
+            with suppress(Unreachable):
+                parts.mirroring.ensure_open(parts.move_id).result(PATIENCE_S)
 
     join = in_background(ask)
     for direction in (Direction.FORWARD, Direction.BACK, Direction.FORWARD):
@@ -346,4 +356,5 @@ def test_openings_beside_a_coordinator_are_in_nobodys_way(parts: Parts) -> None:
     join()
     assert accepts(parts.world, "s2")
     assert not accepts(parts.world, "s1")
-    assert parts.mirroring.troubles == {}
+    assert parts.mirroring.ensure_open(parts.move_id).result(PATIENCE_S)
+    until(lambda: parts.mirroring.troubles == {}, "no trouble is left")

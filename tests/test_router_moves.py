@@ -11,7 +11,7 @@ import pytest
 
 from shardmove.domain.moves import Direction, State
 from tests.support.router import Router, Routers
-from tests.support.world import World
+from tests.support.world import BOUND_S, World
 
 CLIENTS = 6
 MOVING = range(20, 40)
@@ -37,10 +37,10 @@ class Clients:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(BOUND_S)
 
     def await_writes(self, count: int) -> None:
-        wanted, deadline = self.acknowledged.total() + count, time.monotonic() + 60
+        wanted, deadline = self.acknowledged.total() + count, time.monotonic() + BOUND_S
         while self.acknowledged.total() < wanted and not self.errors:
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -56,8 +56,8 @@ class Clients:
                         self._write(connection, tenant)
                         self.slowest_s = max(self.slowest_s, time.monotonic() - began)
                         self.acknowledged[tenant] += 1
-        except psycopg.Error as error:
-            self.errors.append(f"{type(error).__name__} {error.sqlstate}: {error}")
+        except (psycopg.Error, AssertionError) as error:
+            self.errors.append(f"{type(error).__name__} {getattr(error, 'sqlstate', '')}: {error}")
 
     def _write(self, connection: psycopg.Connection, tenant: int) -> None:
         statement = "UPDATE tenants SET version = version + 1 WHERE tenant_id = %s"
@@ -79,7 +79,7 @@ def versions(router: Router) -> dict[int, int]:
 
 @pytest.fixture(params=["session", "transaction"])
 def router(world: World, routers: Routers, request: pytest.FixtureRequest) -> Router:
-    return routers.start(world.write_config(), pooling=request.param)
+    return routers.start(world.write_config(), pooling=request.param, hold_timeout_s=60.0)
 
 
 @pytest.mark.parametrize("in_blocks", [False, True], ids=["single", "blocks"])

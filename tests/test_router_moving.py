@@ -12,8 +12,9 @@ import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import psycopg
 import pytest
@@ -47,10 +48,10 @@ from tests.test_router_differential import (
 from workers.executors import InlineExecutor
 
 WAYS: Final = ("steps", "at once", "bytes") if os.environ.get("SHARDMOVE_MOVING") == "all" else ("at once",)
-TRIES: Final = 8
+TRIES: Final = 30
 KEYS: Final = (7, 8)
 MOVING: Final = "5:10"
-PATIENCE_S: Final = 60.0
+PATIENCE_S: Final = 200.0
 APART: Final = "the transaction is on shard"
 """What a random transaction of tables at home and rows that have moved is told."""
 CHANGED_HANDS: Final = 3
@@ -94,6 +95,7 @@ class Mover:
 
     def _run(self) -> None:
         config = load(self.routed.config_file)
+        config = replace(config, limits=replace(config.limits, cutover_attempts=100))
         with Catalog.connect(config.catalog_dsn) as catalog:
             target, other = "s2", "s1"
             while not self._stop.is_set():
@@ -125,10 +127,18 @@ class Moving:
         where = f"host=127.0.0.1 port={port} dbname={dbname} user=postgres"
         with psycopg.connect(where, autocommit=True) as connection:
             for statement in RESET:
-                connection.execute(statement.encode())
+                executed(connection, statement)
             said = in_order(play((port, dbname), script, way))
-            left = [connection.execute(statement.encode()).fetchall() for statement in LEFT]
+            left = [executed(connection, statement).fetchall() for statement in LEFT]
         return [*said, f"left: {left}"]
+
+
+def executed(connection: psycopg.Connection[Any], statement: str) -> psycopg.Cursor[Any]:
+    """Once more where it was held for too long."""
+    for _ in range(TRIES):
+        with suppress(psycopg.errors.SerializationFailure):
+            return connection.execute(statement.encode())
+    raise AssertionError(f"{statement} is refused again and again")
 
 
 RESET: Final = (

@@ -20,7 +20,7 @@ from tests.support.routed import SPLIT_AT, Routed
 from tests.support.router import Router
 from tests.support.servers import OLD_INSTALLED
 
-BOUND_S: Final = 60
+BOUND_S: Final = 120
 TENANTS: Final = 200
 TRANSACTIONS: Final = 40
 CLIENTS: Final = 4
@@ -176,7 +176,10 @@ def test_watch_repeats_until_it_is_interrupted(programs: Path, routed: Routed, r
 
 
 def test_interrupting_psql_cancels_the_statement(programs: Path, routed: Routed, router: Router) -> None:
-    sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(%' AND state = 'active'"
+    sleeping = (
+        "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(%' AND state = 'active'"
+        " AND datname = current_database()"
+    )
     with subprocess.Popen(
         [*psql_command(programs, routed, router), "-c", "SELECT pg_sleep(100)"],
         stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from shardmove.coordinator.phases import change_phase
 from shardmove.domain.errors import ShardmoveError
@@ -25,7 +26,7 @@ from tests.support.router import Router, Routers
 from tests.support.servers import Databases
 from tests.support.world import World
 
-BOUND_S = 30.0
+BOUND_S = 60.0
 until = partial(engine.until, timeout_s=BOUND_S)
 HERE, THERE = 5, SPLIT_AT + 100
 """Tenants of s1, which is home, and of s2."""
@@ -347,11 +348,11 @@ def router(world: World, routers: Routers) -> Router:
                 "CREATE PROCEDURE twice() LANGUAGE plpgsql AS "
                 f"$$ BEGIN {UPDATE}; COMMIT; PERFORM pg_advisory_lock(7); {UPDATE}; END $$".encode()
             )
-    return routers.start(world.write_config())
+    return routers.start(world.write_config(), target_patience_s=BOUND_S)
 
 
 def connected(world: World, router: Router) -> RawClient:
-    return RawClient(router.port, dbname=world.connect("s1").info.dbname, bound_s=BOUND_S)
+    return RawClient(router.port, dbname=str(conninfo_to_dict(world.dsns["s1"])["dbname"]), bound_s=BOUND_S)
 
 
 def version(world: World, shard: str) -> int:

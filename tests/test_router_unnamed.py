@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from router import columns
 from router.columns import told_of
 from router.statements import Plans, Tables, plans
 from router.statements.actions import Added
@@ -223,6 +224,25 @@ def test_ddl_around_the_router_is_noticed(routed: Routed, router: Router) -> Non
         (HERE, 2, 3, "more"),
         (HERE, 3, 4, "less"),
     ]
+
+
+def test_what_is_known_is_asked_for_again_after_a_while(routed: Routed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "AGE_MAX_S", 0.0)
+    with inside(routed.config_file) as it, RawClient(it.port, dbname=routed.dbname, bound_s=BOUND_S) as client:
+        assert codes(client.ask(wire.query(f"INSERT INTO items VALUES ({HERE}, 1)"))) == []
+        known = it.router.columns
+        assert known.by_table[TABLE].names == ("tenant_id", "id", "note", "amount")
+        plans_before = it.router.known.tables
+        it.call(known.refresh)
+        until(lambda: it.call(lambda: not known._asking), "the answer does not come")
+        assert it.router.known.tables is plans_before, "the same columns are no reason to plan anew"
+        alter(routed, "ALTER TABLE items DROP COLUMN note")
+        it.call(known.refresh)
+        until(lambda: it.call(lambda: known.by_table[TABLE].names == ("tenant_id", "id", "amount")), "nobody looks")
+        assert codes(client.ask(wire.query(f"INSERT INTO items VALUES ({HERE}, 2, 3)"))) == []
+        alter(routed, "DROP TABLE items")
+        it.call(known.refresh)
+        until(lambda: it.call(lambda: TABLE not in known.by_table), "the table is not missed")
 
 
 @pytest.mark.parametrize("is_written", [True, False], ids=["written", "twin without"])

@@ -122,11 +122,11 @@ def ready(site: Site) -> Site:
 
 
 def test_only_those_that_live_and_have_not_acknowledged_are_late(site: Site) -> None:
-    site.beat("slow")
-    site.beat("done", acknowledged=1)
-    site.beat("almost", silent_s=3.0)
-    site.beat("dead", silent_s=3.9)
-    site.beat("patient", silent_s=30, confirm_s=60)
+    site.beat("slow", confirm_s=60)
+    site.beat("done", acknowledged=1, confirm_s=60)
+    site.beat("almost", silent_s=40, confirm_s=60)
+    site.beat("dead", silent_s=76, confirm_s=60)
+    site.beat("patient", silent_s=300, confirm_s=600)
     assert [each.name for each in site.catalog.late_routers(1)] == ["almost", "patient", "slow"]
     assert {each.name: each.is_live for each in site.catalog.routers()} == {
         "slow": True, "done": True, "almost": True, "dead": False, "patient": True,
@@ -161,14 +161,18 @@ def test_what_was_acknowledged_of_a_lost_epoch_is_nothing_that_was_published_sin
 
 def test_one_that_lags_behind_an_old_epoch_is_told_from_one_that_has_just_not_heard(ready: Site) -> None:
     newest = ready.catalog.routes().epoch
-    ready.beat("lags", acknowledged=newest, confirm_s=0.05)
+    ready.beat("lags", acknowledged=newest, confirm_s=LAG_S)
     ready.set_phase(2, 3)
     ready.beat("slow", acknowledged=newest, confirm_s=3600)
     until(lambda: _beaten(ready, "lags") == ["lags"], "the epoch is old by its measure")
 
 
+LAG_S = 1.0
+"""Longer than it takes from the beat to the look."""
+
+
 def _beaten(site: Site, name: str) -> list[str]:
-    site.beat(name, confirm_s=0.05)
+    site.beat(name, confirm_s=LAG_S)
     return [each.name for each in site.catalog.lagging_routers()]
 
 
@@ -343,14 +347,14 @@ def left_s(site: Site) -> float | None:
 
 def test_commits_are_mirrored_first_until_every_live_router_has_heard(ready: Site) -> None:
     for name in ("r1", "r2"):
-        ready.beat(name, acknowledged=ready.set_phase(ready.phase(), 4, read_share=0.5))
+        ready.beat(name, acknowledged=ready.set_phase(ready.phase(), 4, read_share=0.5), confirm_s=60)
     assert left_s(ready) is None
     epoch = ready.set_phase(4, 3)
-    assert 3.0 < (left_s(ready) or 0) < 3.8
+    assert 20 < (left_s(ready) or 0) <= 75
     ready.catalog.acknowledge("r1", epoch)
     assert left_s(ready) is not None
-    ready.beat("r2", silent_s=4)  # dead: the next beat of the other one lets it go
-    ready.beat("r1")
+    ready.beat("r2", silent_s=76, confirm_s=60)  # dead: the next beat of the other one lets it go
+    ready.beat("r1", confirm_s=60)
     assert left_s(ready) is None
 
 

@@ -45,12 +45,13 @@ def test_rows_written_after_the_cutover_survive_a_rollback(world: World) -> None
         late.execute("UPDATE tenants SET name = 'stray' WHERE tenant_id = 25; INSERT INTO tenants VALUES (25, 'stray')")
 
 
+@pytest.mark.timeout(900)
 def test_a_split_at_two_points_goes_to_two_targets_at_once(world: World) -> None:
     with world.writers():
         plan = planner.split(world.config, world.catalog, "shop", at=[15, 30], to=["s2", "s3"])
         joins = [in_background(partial(world.run, move, State.COMPLETED)) for move in plan.move_ids]
         for join in joins:
-            join(150.0)
+            join(600.0)
     assert [world.owner(tenant) for tenant in (14, 15, 29, 30)] == ["s1", "s2", "s2", "s3"]
     world.assert_nothing_lost(absent_on={"s1": [KeyRange(15, None)]})
 

@@ -7,10 +7,8 @@ product is replaced, it must report damage.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +36,7 @@ from shardmove.protocol.catch_up import Mirror, Pass
 from shardmove.protocol.gate import gate
 from tests.support.engine import until
 from tests.support.servers import SERVERS, Databases
-from tests.support.twins import Mechanism, spawn
+from tests.support.twins import Mechanism, spawn, stop_the_log_writer
 from tests.support.twins_fence import (
     BOUND_S,
     LEVELS,
@@ -63,7 +61,7 @@ from workers.executors import InlineExecutor
 MakeWorld: TypeAlias = Callable[..., World]
 
 PATIENT = {"max_stall_ms": 30_000}  # who stands still inside an attempt is not to be taken for a server that hangs
-ONE_ATTEMPT = {"cutover_attempts": 1, "cutover_grace_s": 0.2}
+ONE_ATTEMPT = {**PATIENT, "cutover_attempts": 1, "cutover_grace_s": 0.2}
 OURS = "shardmove m1"  # what our sessions for the first move are called
 
 
@@ -171,7 +169,8 @@ def lock_and_state_in_one_statement(move_id: str) -> sql.Composed:
 def test_closing_behind_long_writer(mechanism: Mechanism, make_world: MakeWorld) -> None:
     """The cutover looks before it asks for the lock: other writers never queue behind it for as long as it waits."""
     mechanism.replace(fence, "holders", lambda *_, **__: [])
-    world = make_world(limits={**ONE_ATTEMPT, "max_stall_ms": 4_000})
+    # For half of that time the lock is waited for; and for so long a transaction has to be open to be looked at.
+    world = make_world(limits={**ONE_ATTEMPT, "max_stall_ms": 4_000 if mechanism.on else 16_000})
     move = ready(world)
     with Clerk(world, "s1", "long writer") as long, Clerk(world, "s1", "other") as other:
         long.begin()
@@ -352,7 +351,7 @@ END_THE_GUARD = """
 def test_ddl_stall(mechanism: Mechanism, make_world: MakeWorld) -> None:
     """Triggers are made behind a long writer: the others write on, and the message says who is in the way."""
     mechanism.replace(locks, "change_table", change_without_looking)
-    world = make_world(limits={"ddl_patience_s": 1.0})
+    world = make_world(limits={"ddl_patience_s": 3.0})
     move = world.split()
     with Clerk(world, "s1", "long writer") as long, Clerk(world, "s1", "other") as other:
         long.begin()
@@ -424,7 +423,8 @@ def run_with_one_worker(world: World, move: str) -> None:
 def test_paused_zombie_holds_row(mechanism: Mechanism, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock that keeps a zombie from harm would keep its successor out too: its session is ended."""
     raise_number = fence.raise_number
-    monkeypatch.setattr(fence, "raise_number", lambda *args: raise_number(*args, patience_s=1.0))
+    patience_s = 60.0 if mechanism.on else 1.0
+    monkeypatch.setattr(fence, "raise_number", lambda *args: raise_number(*args, patience_s=patience_s))
     mechanism.replace(fence, "_end_holders", lambda *_: None)
     move = world.split()
     with Pause("batch.before") as zombie:
@@ -801,9 +801,7 @@ def hold_up_the_log(world: World) -> None:
     """Everything up to now is durable; from now on the log's own writer on s1 does nothing."""
     with world.connect("s1") as connection:
         connection.execute("CHECKPOINT")
-        row = connection.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'").fetchone()
-    assert row is not None
-    os.kill(row[0], signal.SIGSTOP)
+        stop_the_log_writer(connection)
 
 
 def test_a_server_that_lost_its_tail_takes_over_nothing(mechanism: Mechanism, tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ reproduced before anybody built the product stand here under their own names.
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -55,6 +53,7 @@ from tests.support.twins import (
     outside,
     rows,
     spawn,
+    stop_the_log_writer,
     waits_for_advisory_lock,
 )
 from tests.support.world import World
@@ -616,7 +615,7 @@ def test_crash_between_commits(mechanism: Mechanism, fragile: Server, on_fragile
     copy_all(on_fragile)
     with mirror(on_fragile) as running, application(on_fragile) as client:
         client.execute("SET synchronous_commit = off")
-        stop_the_log_writer(on_fragile)
+        stop_the_log_writer(client)
         client.execute("UPDATE orders SET note = 'v2' WHERE id = 7")
         with once("catch_up.receiver.after", fragile.kill), pytest.raises(psycopg.OperationalError):
             running.catch_up()
@@ -638,18 +637,12 @@ def test_log_flushed_by_another_session(mechanism: Mechanism, fragile_and_old: S
 
     with mirror(made) as running, application(made) as client:
         client.execute("SET synchronous_commit = off")
-        stop_the_log_writer(made)
+        stop_the_log_writer(client)
         client.execute("UPDATE orders SET note = 'v2' WHERE id = 7")
         with once("catch_up.before_compare", restart), pytest.raises(psycopg.OperationalError):
             running.catch_up()
     carry_all(made)
     mechanism.judge(differences(made))
-
-
-def stop_the_log_writer(engine: Engine) -> None:
-    """It would write asynchronous commits to the log within a blink, sometimes."""
-    ((pid,),) = engine.fetch("s1", "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'")
-    os.kill(pid, signal.SIGSTOP)  # until the server is killed
 
 
 # --- DDL that leaves no entry

@@ -48,7 +48,7 @@ from shardmove.wire.startup import (
 from tests.support.servers import old_binaries
 
 PASSWORD: Final = "correct horse"
-BOUND_S: Final = 20.0
+BOUND_S: Final = 60.0
 
 HBA: Final = """
 local all all trust

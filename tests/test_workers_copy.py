@@ -235,12 +235,12 @@ def two_tries_at_once(engine: Engine, executor: InlineExecutor, is_second_held: 
     def hold(_: str) -> None:
         if first_only.acquire(blocking=False):
             reached.set()
-            assert go_on.wait(30)
+            assert go_on.wait(100)
 
     reached = threading.Event()
     with points.armed("batch.before", hold):
         first = executor.submit(batch(engine))
-        assert reached.wait(30)
+        assert reached.wait(100)
         second = executor.submit(batch(engine))
         until(lambda: second.done() or is_second_held())
         go_on.set()
@@ -403,7 +403,7 @@ def test_a_server_that_went_away_between_tasks_is_connected_to_again(
     with InlineExecutor(1) as one:
         one.submit(batch(made, (None, ("101", "0")))).result()
         terminate = (
-            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'shardmove m1'"
+            "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE application_name = 'shardmove m1'"
         )
         for shard in ("s1", "s2"):
             made.fetch(shard, terminate)

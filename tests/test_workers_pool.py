@@ -156,11 +156,11 @@ def test_submit_blocks_when_enough_is_waiting_and_wakes_on_stop(databases: Calla
             assert thread.is_alive()
             executor.stop()
             with pytest.raises(Interrupted):
-                outcome.result(10)
+                outcome.result(60)
             assert all(future.cancelled() for future in waiting)
             assert not any(future.done() for future in running)
             lock.execute("SELECT pg_advisory_unlock(42)")
-            assert [future.result(10) for future in running] == [1, 1]
+            assert [future.result(60) for future in running] == [1, 1]
         with pytest.raises(Interrupted):
             executor.submit(Say("after the end"))
 

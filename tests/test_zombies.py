@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,15 @@ from shardmove.domain import points
 from shardmove.domain.errors import LeaseLost, ShardmoveError, Unreachable
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Direction, State
+from shardmove.postgres.connect import Connection
 from shardmove.protocol import fence, parts
+from tests.support.engine import until
 from tests.support.servers import Databases, connect
 from tests.support.world import World, in_background
 
 MOVED = KeyRange(20, None)
-BOUND_S = 60.0
+BOUND_S = 240.0
+"""Who sleeps, sleeps through a whole move."""
 
 
 @contextmanager
@@ -34,11 +38,10 @@ def asleep_at(point: str, work: Callable[[], None], *, time: int = 1) -> Iterato
     """
     arrived, wake = threading.Event(), threading.Event()
     ended: list[BaseException | None] = []
-    reached: list[str] = []
+    reached = itertools.count(1)
 
-    def sleep(name: str) -> None:
-        reached.append(name)
-        if len(reached) == time:
+    def sleep(_: str) -> None:
+        if next(reached) == time:
             arrived.set()
             assert wake.wait(BOUND_S)
 
@@ -145,20 +148,21 @@ def test_a_cutover_back_that_wakes_up_after_the_end_of_its_move_says_so(world: W
 
 def test_an_uninstall_that_is_stopped_holds_no_other_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.run(world.split(at=20), State.COMPLETED)
-    monkeypatch.setattr(uninstalling, "STOPPED_MS", 500)
+    monkeypatch.setattr(uninstalling, "STOPPED_MS", 2_000)
 
     def uninstall() -> None:
         with Catalog.connect(world.config.catalog_dsn) as catalog:
             uninstalling.uninstall(world.config, catalog, dry_run=False, tell=lambda _: None)
 
     with asleep_at("uninstall_shard.before", uninstall, time=2) as wake:
+        monkeypatch.setattr(uninstalling, "STOPPED_MS", 60_000)  # the other one is slow at the most
         in_background(uninstall)(BOUND_S)
         assert isinstance(wake(), Unreachable)
     for name in world.dsns:
         assert world.fetch(name, "SELECT FROM pg_namespace WHERE nspname LIKE 'shardmove%'") == []
 
 
-def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(world: World) -> None:
+def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(make_world: Callable[..., World]) -> None:
     """It died between opening the receiver and recording on the giver that the range was given away."""
 
     class Killed(BaseException):
@@ -167,6 +171,7 @@ def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(world: Wor
     def kill(_: str) -> None:
         raise Killed
 
+    world = make_world(limits={"max_stall_ms": 30_000})  # no watchdog comes before the attendant
     move_id = world.split(at=20)
     world.run(move_id, State.READY)
     with points.armed("open.after", kill), pytest.raises(Killed):
@@ -176,6 +181,7 @@ def test_an_attendant_finishes_what_a_dead_coordinator_left_half_done(world: Wor
         world.await_row("s1", "SELECT standing FROM shardmove.fence", ("mirror",))
     world.complete(move_id)
     assert accepts(world, "s2", 25)
+    world.catalog.close()
 
 
 def test_sessions_of_another_role_are_left_alone_by_who_takes_over(databases: Databases) -> None:
@@ -191,7 +197,14 @@ def test_sessions_of_another_role_are_left_alone_by_who_takes_over(databases: Da
             fence.end_former(ours, "m1")
         theirs.execute("SELECT 1")
         with connect(dsn, application_name="test") as of_the_same_role:
+            until(lambda: waits_for_its_client(of_the_same_role, theirs.info.backend_pid))
             fence.end_former(of_the_same_role, "m1")
         with pytest.raises(psycopg.OperationalError):
             theirs.execute("SELECT 1")
         theirs.close()
+
+
+def waits_for_its_client(observer: Connection, pid: int) -> bool:
+    """It has answered, and stands still: a session at work is not ended."""
+    query = "SELECT wait_event_type FROM pg_stat_activity WHERE pid = %s"
+    return observer.execute(query, (pid,)).fetchone() == ("Client",)

@@ -117,6 +117,12 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def as_literal(text: str) -> str:
+    """The constant that means the text, whatever standard_conforming_strings says, and whatever it stands behind."""
+    escaped = text.replace("'", "''").replace("\\", "\\\\")
+    return f" E'{escaped}'"
+
+
 def _shortened(name: str) -> str:
     data = name.encode("utf-8", "surrogateescape")
     return name if len(data) <= 63 else data[:63].decode("utf-8", "ignore")

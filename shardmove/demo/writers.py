@@ -33,7 +33,7 @@ from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import psycopg
 from psycopg import IsolationLevel
@@ -45,8 +45,9 @@ from shardmove.demo.clients import Client, DirectClient, NotTogether, RouterClie
 from shardmove.demo.ledger import Ledger, Outcome, Write
 from shardmove.demo.operations import MIX, SINGLES, Attempt, Change, Key, Operation, Skip, Surprise, Tenant
 from shardmove.demo.shop import KEYSPACE, Table
-from shardmove.domain.errors import Failed, ShardmoveError
+from shardmove.domain.errors import Failed, ShardmoveError, Unreachable
 
+T = TypeVar("T")
 ISOLATION_LEVELS: Final = (
     IsolationLevel.READ_COMMITTED,
     IsolationLevel.READ_COMMITTED,
@@ -161,6 +162,18 @@ def _mix(by_name: Mapping[str, float]) -> tuple[list[Operation], list[float]]:
     return [getattr(operations, name) for name in by_name], list(by_name.values())
 
 
+def _patiently(work: Callable[[], T], bound_s: float) -> T:
+    """Tries again while a server that is slow lets nobody in, as clients do with transactions."""
+    deadline = time.monotonic() + bound_s
+    while True:
+        try:
+            return work()
+        except Unreachable:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
 def board_path(ledger_dir: Path, generation: int) -> Path:
     return ledger_dir / f"board-{generation:04}"
 
@@ -186,7 +199,7 @@ class Writer:
         ended = State.BROKEN
         try:
             self._client.connect()
-            self._read_tenants()
+            _patiently(self._read_tenants, self._config.deadline_s)
             self._write_until_told()
             ended = State.STOPPED
         finally:
@@ -620,7 +633,9 @@ class WriterFleet:
         config = self._configs[0]
         client = ShardClient(config.catalog_dsn, config.shard_dsns, keyspace=config.keyspace)
         try:
-            take_baseline(self._dir, config.shard_dsns, client.shard_of)
+            take_baseline(
+                self._dir, config.shard_dsns, lambda key: _patiently(partial(client.shard_of, key), config.deadline_s)
+            )
         finally:
             client.close()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardmove.postgres.embedded import Cluster
-from tests.bank.ground import SHARDS, STALE_AFTER_S, Ground, create_databases
+from tests.bank.ground import ROUTER, SHARDS, Ground, create_databases
 from tests.bank.play import CLIENTS, play
 from tests.support.router import Routers
 
@@ -29,11 +29,7 @@ def main() -> int:
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     print(f"seed {seed}", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="bank-"))
-    settings: dict[str, Any] = {
-        "pooling": asked.pooling,
-        "processes": asked.processes,
-        "stale_after_s": STALE_AFTER_S,
-    }
+    settings: dict[str, Any] = {"pooling": asked.pooling, "processes": asked.processes, **ROUTER}
     with Cluster(("cat", *SHARDS), settings=SETTINGS) as cluster, Routers(directory) as routers:
         create_databases({name: cluster[name].dsn for name in ("cat", *SHARDS)}, "bank")
         ground = Ground({name: cluster[name].dsn_for("bank") for name in ("cat", *SHARDS)}, directory)

@@ -26,8 +26,8 @@ from tests.bank.sessions import WAYS, Lost, Refusal, Session
 from tests.support.router import Router
 
 SERIALIZATION_FAILURE: Final = "40001"
-RECONNECT_BOUND_S: Final = 60.0
-PATIENCE_S: Final = 60.0
+RECONNECT_BOUND_S: Final = 120.0
+PATIENCE_S: Final = 180.0
 """How long one operation may take, attempts included, before the client calls it failed."""
 
 GIVE: Final = "UPDATE accounts SET balance = balance + $3 WHERE tenant_id = $1 AND id = $2"

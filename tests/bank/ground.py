@@ -56,6 +56,14 @@ OPEN_ACCOUNTS: Final = """
 STALE_AFTER_S: Final = 5.0
 """What `complete` waits for after a router was killed; the routers are told the same."""
 
+ROUTER: Final[Mapping[str, float]] = {
+    "stale_after_s": STALE_AFTER_S,
+    "hold_timeout_s": 60.0,
+    "queue_timeout_s": 60.0,
+    "connect_timeout_s": 60.0,
+}
+"""Settings of every router: a machine that is slow is no reason to refuse a client."""
+
 
 class Ground:
     """The databases of one run, by their connection strings: `cat` and the shards."""

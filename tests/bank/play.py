@@ -21,8 +21,8 @@ from tests.bank.verdict import Verdict, judge
 from tests.support.router import Router
 
 CLIENTS: Final = 16
-MOVER_BOUND_S: Final = 180.0
-CLIENT_BOUND_S: Final = 150.0
+MOVER_BOUND_S: Final = 400.0
+CLIENT_BOUND_S: Final = 400.0
 DETAILS_MAX: Final = 20
 
 

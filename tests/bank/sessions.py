@@ -16,7 +16,7 @@ import asyncpg
 import psycopg
 from psycopg import pq
 
-STATEMENT_BOUND_S: Final = 60.0
+STATEMENT_BOUND_S: Final = 120.0
 """No answer for so long is a lost connection: a router that hangs must not hang the run."""
 
 T = TypeVar("T")

@@ -214,7 +214,6 @@ TYPES: Final = (
             "UPDATE things SET n = n + 1 WHERE tenant = $key AND id < 20",
             "UPDATE things SET n = n + 1 WHERE tenant = $key AND id = CASE $n % 100 WHEN 2 THEN 30 WHEN 52 THEN 50 END",
         ),
-        limits={"max_stall_ms": 10_000, "cutover_lag_ms": 5_000.0},
         pause_s=0.01,
     ),
 )

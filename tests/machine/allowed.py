@@ -59,14 +59,14 @@ class Allowed:
             errors.append(CutoverGaveUp)
             because.append(f"a transaction that wrote to the range is open on {giver}")
             must = True
-        if act == "begin":
+        if act in ("begin", "sleep"):  # in a hurry, whether or not it comes to that
             errors.append(CutoverGaveUp)
         is_busy = bool(story.clients) or act == "begin"
         if is_busy and state is State.PENDING:
             errors.append(Refused)  # preflight names a transaction that is old enough
         if is_busy:
             because.append("transactions are open")
-        return cls(tuple(errors), must, "; ".join(because), is_busy)
+        return cls(tuple(errors), must, "; ".join(because), is_busy or act == "sleep")
 
 
 _CROSSED: Final = frozenset({State.SWITCHED, State.CLEANING, State.COMPLETED, State.ROLLING_BACK, State.ROLLED_BACK})

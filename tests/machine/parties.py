@@ -15,8 +15,8 @@ from typing import Final
 
 from shardmove.domain import points
 
-HANGS_S: Final = 60.0
-"""No step takes a tenth of that, on a machine that is not too busy."""
+HANGS_S: Final = 120.0
+"""No step takes a tenth of that, also on a machine that is rather busy."""
 
 
 class Killed(BaseException):

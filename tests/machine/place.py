@@ -34,6 +34,8 @@ LIMITS: Final[Mapping[str, Any]] = {
 }
 HURRIED: Final[Mapping[str, Any]] = {"cutover_attempts": 1, "max_stall_ms": 200}
 """Where a writer is known to be in the way."""
+UNHURRIED: Final[Mapping[str, Any]] = {"ddl_lock_timeout_ms": 1_000, "ddl_patience_s": 30.0}
+"""Where nobody is in the way of a table's change: only a machine that is busy holds it up, and not for long."""
 
 Session: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 

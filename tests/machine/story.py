@@ -38,7 +38,7 @@ from tests.machine.allowed import Allowed
 from tests.machine.application import PROBED, Application, Finding, execute
 from tests.machine.oracle import RESIDENTS
 from tests.machine.parties import POINTS, Fault, Killed, Party
-from tests.machine.place import HURRIED, KEYSPACE, SHARDS, AtOnce, Place
+from tests.machine.place import HURRIED, KEYSPACE, SHARDS, UNHURRIED, AtOnce, Place
 
 ACTS: Final = (
     "die",
@@ -63,7 +63,7 @@ CHANGING: Final = """
       AND a.datname = current_database() AND a.application_name LIKE 'shardmove m%'
       AND a.state LIKE 'idle in transaction%' AND c.relnamespace = 'public'::regnamespace
 """
-ENDED_S: Final = 20.0
+ENDED_S: Final = 60.0
 STORM_MAX: Final = 40
 """Writes in one storm: longer ones find no more."""
 
@@ -196,7 +196,8 @@ class Story(Application):
             return "-"
         move_id, before, allowed = self.move_id, self.move, Allowed.of(self, name, goal, act)
         in_a_hurry = act in ("sleep", "begin") or self.sleeper or self.has_writers_on(before.giver(before.flow))
-        config = self.place.configured(HURRIED if in_a_hurry else None)
+        is_busy = self.clients or self.sleeper or act in ("sleep", "begin")
+        config = self.place.configured({**(HURRIED if in_a_hurry else {}), **({} if is_busy else UNHURRIED)})
         has_hold = threading.Event()
 
         def holding() -> None:

@@ -55,16 +55,18 @@ LIMITS: Final[Mapping[str, Any]] = {
     "batch_bytes": 5_000,
     "batch_rows_max": 40,
     "workers": 2,
-    "ddl_patience_s": 20.0,
     "erase_rows": 50,
     "mirror_rows": 200,
     # `complete` is called when the writer has been seen on the new owner: nothing is left to wait for.
     "keep_source_s": 0.01,
+    # How long writes wait is no matter here: on a slow machine each attempt would be given up.
+    "max_stall_ms": 10_000,
+    "cutover_lag_ms": 5_000.0,
 }
 SETTINGS: Final = (
     "-c datestyle=ISO -c timezone=UTC -c intervalstyle=postgres -c bytea_output=hex -c extra_float_digits=1"
 )
-AWAITED_S: Final = 60.0
+AWAITED_S: Final = 200.0
 LONG_BYTES: Final = 1_000
 """A row whose text is longer is compared by its md5."""
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 PASSWORD = "correct horse"
 USERS = {"joe": str(Verifier.make(PASSWORD)), "ann": str(Verifier.make(PASSWORD))}
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class StandIn(asyncio.Protocol):
@@ -92,7 +92,7 @@ class House:
 
     def dsn(self, **changes: object) -> dict[str, Any]:
         words = {"host": "127.0.0.1", "port": self.port, "user": "joe", "password": PASSWORD, "dbname": "shop"}
-        return words | {"connect_timeout": 10, "sslrootcert": "/nowhere", "sslmode": "disable"} | changes
+        return words | {"connect_timeout": 60, "sslrootcert": "/nowhere", "sslmode": "disable"} | changes
 
     def connected(self) -> socket.socket:
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)

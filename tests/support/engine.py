@@ -126,7 +126,7 @@ def until(
     condition: Callable[[], object],
     otherwise: str | Callable[[], object] = "it did not happen",
     *,
-    timeout_s: float = 30,
+    timeout_s: float = 100,
 ) -> None:
     """Waits for something that happens in another process. Raises AssertionError, and says why, where it does not."""
     deadline = time.monotonic() + timeout_s

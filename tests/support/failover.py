@@ -36,7 +36,7 @@ from shardmove.postgres import watcher
 from shardmove.postgres.embedded import Cluster, Server
 from tests.support.engine import until
 from tests.support.servers import SERVERS
-from tests.support.twins import rows
+from tests.support.twins import rows, stop_the_log_writer
 from tests.support.world import World
 
 LOSING: Final = {
@@ -331,15 +331,21 @@ class Stage:
         assert self._fleet is not None
         self._fleet.await_writes(count, timeout_s=timeout_s)
 
+    def hold_up_the_log(self, shard: str) -> None:
+        """From now on, until the server crashes, its log's own writer does nothing: it comes by now and then."""
+        with _session(self._cluster[shard]) as operator:
+            stop_the_log_writer(operator)
+
     def crash(self, shard: str, where: str) -> None:
         """The server is stopped as by a loss of power, judged, and started again; then others write on.
 
         Its writers may have lost their last transactions, and nobody may have kept what it lost.
         """
         server = self._cluster[shard]
+        self.hold_up_the_log(shard)
         with suppress(Failed):  # a closed fence lets nobody write
             self.write_on(timeout_s=0.5)
-        server.stop("immediate")
+        server.kill()
         self._stop()
         other = {"s1": "s2", "s2": "s1"}[shard]
         elsewhere = held_rows(self.world, other, lambda tenant: tenant >= 20)  # before anybody carries anything more

@@ -15,13 +15,17 @@ from shardmove.config import Config
 from tests.support import engine
 from tests.support.world import World
 
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
+CONFIRM_S = 12.0
+"""A follower that got no turn for a while is not to be taken for a dead one."""
 
 
 class Follower:
     """An Epochs, and what it handed over. It acknowledges at once, unless it is told not to."""
 
-    def __init__(self, config: Config, *, confirm_s: float = 3.0, acknowledges: bool = True, name: str = "r1") -> None:
+    def __init__(
+        self, config: Config, *, confirm_s: float = CONFIRM_S, acknowledges: bool = True, name: str = "r1"
+    ) -> None:
         self.views: queue.Queue[View] = queue.Queue()
         self.acknowledges = acknowledges
         self.config = replace(config, router=replace(config.router, confirm_s=confirm_s))
@@ -50,7 +54,7 @@ class Follower:
 
 @contextmanager
 def following(
-    config: Config, *, confirm_s: float = 3.0, acknowledges: bool = True, name: str = "r1"
+    config: Config, *, confirm_s: float = CONFIRM_S, acknowledges: bool = True, name: str = "r1"
 ) -> Iterator[Follower]:
     made = Follower(config, confirm_s=confirm_s, acknowledges=acknowledges, name=name)
     made.epochs.start()

@@ -20,7 +20,7 @@ from shardmove.config import load
 from tests.support.router import section
 
 Result = TypeVar("Result")
-BOUND_S = 30.0
+BOUND_S = 90.0
 
 
 class Inside:

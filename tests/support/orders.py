@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 from typing import Final
 
+import psutil
 import pytest
 
 from shardmove.faults import VARIABLE
 
-BOUND_S: Final = 60.0
+BOUND_S: Final = 120.0
 
 
 @pytest.fixture
@@ -28,9 +29,15 @@ def order(faults: Path, point: str, what: str) -> None:
 
 
 def await_taken(faults: Path, point: str) -> int:
-    """The process that carried the order out."""
+    """The process that carried the order out. One that was to stop has stopped: what wakes it comes behind that."""
     deadline = time.monotonic() + BOUND_S
-    while not list(faults.glob(f"{point}.taken.*")):
+    while not (found := list(faults.glob(f"{point}.taken.*"))):
         assert time.monotonic() < deadline, f"{point} is not reached"
         time.sleep(0.02)
-    return int(next(faults.glob(f"{point}.taken.*")).name.rpartition(".")[2])
+    [taken] = found
+    pid = int(taken.name.rpartition(".")[2])
+    if taken.read_text(encoding="utf-8").strip() == "pause":
+        while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline, f"{point} does not stop process {pid}"
+            time.sleep(0.005)
+    return pid

@@ -32,12 +32,14 @@ from psycopg.conninfo import make_conninfo
 ROOT: Final = Path(__file__).parents[2]
 ADMIN_DATABASE: Final = "shardmove"
 USER: Final = "postgres"  # the superuser of the embedded servers, who lets everybody in
-START_BOUND_S: Final = 30.0
+START_BOUND_S: Final = 120.0
+CONNECT_BOUND_S: Final = 60
 STOP_BOUND_S: Final = 60.0
 
 # Below the ephemeral ports, and apart from those of the embedded servers: while a router is down nobody else takes its
 # port, and no client of it connects to itself.
 _PORTS: Final = range(12_000, 19_000)
+_claims: dict[int, list[socket.socket]] = {}
 
 # Kills a process group when its standard input ends, that is when the test's process dies, however it dies.
 _GUARD: Final = 'read _; kill -s KILL -- "-$1" 2>/dev/null'
@@ -96,8 +98,8 @@ class Router:
 
     def dsn(self, dbname: str = "shop", **more: Any) -> str:
         """For psycopg, as the superuser of the embedded servers."""
-        words = {"host": "127.0.0.1", "port": self.port, "user": USER, "dbname": dbname, "connect_timeout": 10, **more}
-        return make_conninfo("", **words)
+        words = {"host": "127.0.0.1", "port": self.port, "user": USER, "dbname": dbname, **more}
+        return make_conninfo("", **{"connect_timeout": CONNECT_BOUND_S, **words})
 
     def environment(self, dbname: str = "shop") -> dict[str, str]:
         """For programs that read libpq's variables."""
@@ -174,6 +176,23 @@ class Router:
             if guard is not None:
                 guard.kill()
                 guard.communicate()
+            self._await_port()
+
+    def _await_port(self) -> None:
+        """Children that were killed with it may have the port for a moment longer, and keep the next start from it."""
+        deadline = time.monotonic() + STOP_BOUND_S
+        while time.monotonic() < deadline:
+            with closing(socket.socket()) as probe, suppress(OSError):
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", self.port))
+                return
+            time.sleep(0.005)
+
+    def put_away(self) -> None:
+        """For good: its port is anybody's."""
+        self.kill()
+        for claim in _claims.pop(self.port, ()):
+            claim.close()
 
 
 class Routers:
@@ -202,7 +221,7 @@ class Routers:
 
     def __exit__(self, *_: object) -> None:
         for router in self._started:
-            router.kill()
+            router.put_away()
 
 
 def cancelled(connection: psycopg.Connection, cancel: Callable[[], object]) -> BaseException:
@@ -240,11 +259,25 @@ def section(settings: dict[str, Any]) -> str:
     return "\n" + "\n".join(lines) + "\n"
 
 
-def free_port() -> int:
-    """A port that nobody listens on, outside of the range that the system deals out by itself."""
-    for port in random.sample(_PORTS, 50):
-        with closing(socket.socket()) as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+def free_port(count: int = 1) -> int:
+    """The first of so many ports that nobody listens on, outside of the range that the system deals out by itself.
+
+    They are this process's from now on, also before somebody listens there, and while a router is down: whoever looks
+    for one claims it by a UDP socket of the same number, which no other process can have then.
+    """
+    for port in random.SystemRandom().sample(_PORTS, 200):  # a seeded generator may be at the same point elsewhere
+        claims: list[socket.socket] = []
+        try:
+            for each in range(port, port + count):
+                claims.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                claims[-1].bind(("127.0.0.1", each))
+                with closing(socket.socket()) as probe:
+                    probe.bind(("127.0.0.1", each))
+        except OSError:
+            for claim in claims:
+                claim.close()
+        else:
+            _claims[port] = claims
             return port
     raise AssertionError("no port is free")
 

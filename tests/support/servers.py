@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, LiteralString
@@ -21,6 +22,8 @@ OLD_SERVERS: Final = ("old1", "old2")
 
 OLD_VARIABLE: Final = "SHARDMOVE_TEST_OLD_BIN"
 OLD_INSTALLED: Final = Path("/usr/lib/postgresql/15/bin")  # where Debian puts it
+
+DROP_BOUND_S: Final = 60.0
 
 _numbers = itertools.count(1)
 
@@ -51,7 +54,7 @@ class Databases:
         """Drops them all, whoever is connected; starts servers again that the test left stopped."""
         for server, dbname in self._created:
             server.start()
-            _execute(server, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(dbname)))
+            _drop(server, dbname)
 
     def _create(self, server: Server, dbname: str, template: str, options: LiteralString) -> str:
         create = sql.SQL("CREATE DATABASE {} TEMPLATE {} {}")
@@ -95,6 +98,18 @@ def old_databases(old_servers: Cluster) -> Iterator[Databases]:
     factory = Databases(old_servers)
     yield factory
     factory.drop()
+
+
+def _drop(server: Server, dbname: str) -> None:
+    """The server gives up where a session that it has told to end is still there after five seconds."""
+    deadline = time.monotonic() + DROP_BOUND_S
+    while True:
+        try:
+            return _execute(server, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(dbname)))
+        except psycopg.errors.ObjectInUse:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def _execute(server: Server, statement: sql.Composed) -> None:

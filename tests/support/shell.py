@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shardmove.cli.verbs import app
-from tests.support.world import World
+from tests.support.world import BOUND_S, World
 from workers.executors import InlineExecutor
 
 
@@ -75,7 +75,7 @@ class Running:
         assert any(text in line for line in self.process.stderr), f"{text!r} was never said"
 
     def end(self) -> Said:
-        stdout, stderr = self.process.communicate(timeout=60)
+        stdout, stderr = self.process.communicate(timeout=BOUND_S)
         assert "Traceback" not in stderr
         return Said(self.process.returncode, stdout, stderr)
 

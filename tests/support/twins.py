@@ -10,6 +10,8 @@ The judges read both shards by plain SQL, as an application would, and use none 
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +30,7 @@ from shardmove.postgres.connect import Connection
 from shardmove.postgres.embedded import SUPERUSER
 from shardmove.postgres.sql import Interval
 from shardmove.protocol.catch_up import Mirror
-from tests.support.engine import LEASE, Engine
+from tests.support.engine import LEASE, Engine, until
 from workers.connections import Connections
 from workers.copy import BatchDone, CopyBatch
 from workers.tasks import run
@@ -181,6 +183,14 @@ def end_session(connection: Connection) -> None:
     """Ends the session from outside, as a timeout or an operator does; returns when it has ended."""
     with outside(connection.info.dsn) as operator:
         operator.execute("SELECT pg_terminate_backend(%s, 30000)", (connection.info.backend_pid,))
+
+
+def stop_the_log_writer(connection: Connection) -> None:
+    """It would write asynchronous commits to the log within a blink, sometimes. Stopped until the server is killed."""
+    query = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'"
+    until(lambda: connection.execute(query).rowcount == 1, "the server has no log writer")  # it may have just started
+    for (pid,) in connection.execute(query).fetchall():
+        os.kill(pid, signal.SIGSTOP)
 
 
 # --- roles

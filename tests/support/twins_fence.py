@@ -9,6 +9,7 @@ with Clerk(world, "s1") as clerk, Pause("close.after_lock") as closing:
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from tests.support.engine import until
 from tests.support.servers import connect
 from tests.support.world import World
 
-BOUND_S: Final = 60.0
+BOUND_S: Final = 180.0
 LEVELS: Final = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 MOVED: Final = KeyRange(20, None)  # what `world.split()` moves
 STRANGER: Final = 999  # a tenant of that range that no shard has
@@ -189,7 +190,7 @@ class Pause:
         self.reached = threading.Event()
         self._nth = nth
         self._when = when
-        self._seen = 0
+        self._seen = itertools.count(1)  # by several threads at once, perhaps
         self._go = threading.Event()
 
     def __enter__(self) -> Self:
@@ -205,8 +206,7 @@ class Pause:
     def _stand(self, _name: str) -> None:
         if not self._when():
             return
-        self._seen += 1
-        if self._seen == self._nth:
+        if next(self._seen) == self._nth:
             self.reached.set()
             assert self._go.wait(BOUND_S), f"nobody let {self.point} go on"
 
@@ -220,13 +220,11 @@ class Pause:
 @contextmanager
 def at(point: str, act: Callable[[], object], *, nth: int = 1) -> Iterator[threading.Event]:
     """Runs `act` once, in the thread that reaches the point for the n-th time; yields an event: it was run."""
-    seen = 0
+    seen = itertools.count(1)
     done = threading.Event()
 
     def hook(_name: str) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == nth:
+        if next(seen) == nth:
             act()
             done.set()
 

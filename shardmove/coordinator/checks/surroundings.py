@@ -174,7 +174,10 @@ def _connections(site: Site) -> Problem | None:
 # How many sessions are left, of how many, and the statement that gives more, up to the number.
 _CONNECTIONS: LiteralString = """
     , ours AS (SELECT oid, rolname, rolsuper, rolconnlimit FROM pg_catalog.pg_roles WHERE rolname = session_user),
-    sessions AS (SELECT usesysid, datid FROM pg_catalog.pg_stat_activity WHERE datid IS NOT NULL)
+    sessions AS (
+        SELECT usesysid, datid FROM pg_catalog.pg_stat_activity
+        WHERE datid IS NOT NULL AND usesysid IS NOT NULL  -- workers of the server have room of their own
+    )
     SELECT 'the server',
            current_setting('max_connections')::int - (SELECT count(*) FROM sessions)
            - CASE WHEN ours.rolsuper THEN 0 ELSE current_setting('superuser_reserved_connections')::int
