@@ -14,13 +14,18 @@ import asyncpg
 import psycopg
 import pytest
 
+from router import everywhere
+from router.server import Server
 from shardmove.postgres.embedded import Cluster
+from shardmove.wire import messages as wire
 from tests.support import engine
+from tests.support.inside import inside
 from tests.support.orders import await_taken, order
+from tests.support.rawclient import RawClient, codes
 from tests.support.replacing import replaced
 from tests.support.routed import Routed
 from tests.support.router import Router, Routers
-from tests.support.servers import Databases
+from tests.support.servers import Databases, connect
 from tests.support.world import in_background
 
 BOUND_S: Final = 120.0
@@ -70,6 +75,29 @@ def both(databases: Databases, tmp_path: Path, routers: Routers) -> WithReferenc
 def columns(routed: Routed, table: str) -> list[list[tuple[Any, ...]]]:
     statement = f"SELECT attname FROM pg_attribute WHERE attrelid = to_regclass('{table}') AND attnum > 0 ORDER BY 1"
     return [routed.execute(shard, statement) for shard in SHARDS]
+
+
+def test_a_cancel_between_two_shards_is_heard_at_the_next(both: WithReference, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = everywhere.Work.ask
+
+    async def cancelled_before(work: everywhere.Work, server: Server) -> everywhere.Answer:
+        if server.shard == "s2":
+            work.session.cancel()
+            await asyncio.sleep(0.1)  # the task has been told
+        return await ask(work, server)
+
+    monkeypatch.setattr(everywhere.Work, "ask", cancelled_before)
+    with (
+        connect(both.dsns["s2"], application_name="test") as locker,
+        inside(both.config_file) as it,
+        RawClient(it.port, dbname=both.dbname, bound_s=BOUND_S) as client,
+    ):
+        locker.execute("BEGIN")
+        locker.execute("LOCK TABLE public.countries")
+        assert codes(client.ask(wire.query("INSERT INTO countries VALUES ('de', 'Germany', 80)"))) == ["57014"]
+        locker.execute("ROLLBACK")
+    assert both.countries() == {"s1": [], "s2": []}
+    both.await_nothing_prepared()
 
 
 # --- DDL

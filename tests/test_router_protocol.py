@@ -18,9 +18,11 @@ from typing import Final
 import psycopg
 import pytest
 
+from router.server import Server
 from shardmove.postgres.embedded import Cluster
 from shardmove.wire import messages as wire
 from tests.support import engine
+from tests.support.inside import inside
 from tests.support.rawclient import RawClient, codes, sqlstates, status, told, values
 from tests.support.routed import SPLIT_AT, Routed, standing
 from tests.support.router import Router
@@ -665,6 +667,29 @@ def kill_servers(routed: Routed, shard: str) -> None:
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database()"
         " AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
     )
+
+
+@pytest.mark.parametrize("pooling", ["session", "transaction"])
+def test_a_connection_that_ended_while_nobody_looked_is_used_for_nothing(routed: Routed, pooling: str) -> None:
+    """Its last words and the client's statement are found at once, and its end only behind both."""
+    with (
+        inside(routed.config_file, pooling=pooling) as it,
+        RawClient(it.port, dbname=routed.dbname, bound_s=BOUND_S) as client,
+    ):
+        select = Q(f"SELECT note FROM items WHERE tenant_id = {HERE}")
+        for _ in range(5):
+            assert values(client.ask(select)) == ["s1"]
+            [server] = [each for pool in it.router.pools.values() for each in pool.servers if each.shard == "s1"]
+            last_words = wire.error_response("57P01", "terminating connection", severity="FATAL")
+
+            def both(server: Server = server, last_words: bytes = last_words) -> None:
+                server.data_received(last_words)
+                it.session.data_received(select)
+                server.transport.abort()
+
+            it.call(both)
+            assert values(told(client.until_ready())) == ["s1"]
+        assert not it.troubles
 
 
 def test_a_server_lost_while_idle_is_replaced_with_the_clients_settings(

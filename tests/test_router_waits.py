@@ -233,6 +233,16 @@ def test_whatever_is_behind_a_commit_its_word_waits_until_the_other_side_has_it(
         assert [row["phase"] for row in router.show("MOVES")] == ["4"]
 
 
+def test_what_names_no_key_does_not_follow_a_read_to_the_target(world: World, routers: Routers) -> None:
+    """Nobody would answer it in time where the target does not."""
+    router = routers.start(world.write_config(), target_patience_s=BOUND_S)
+    enter_phase_4(world, router)
+    with client(router, world.dsns["s1"]) as a:
+        assert values(a.ask(wire.query(READ))) == ["0"]
+        with blocked_mirror(world):
+            assert codes(a.ask(wire.parse(b"one", UPDATE.encode(), ()), wire.SYNC)) == []
+
+
 def test_a_pause_is_not_the_targets_fault(world: World, routers: Routers) -> None:
     """A read that waits for longer than the target may take goes there all the same, and leaves phase 4 alone."""
     patience_s = 3.0
