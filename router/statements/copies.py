@@ -9,6 +9,7 @@ from typing import Final
 from router.statements.actions import NOT_SUPPORTED, Action, CopyOut, CopySpec, Part, Place, Refusal, Unnamed
 from router.statements.lexer import Token
 from router.statements.naming import named_in
+from router.statements.parsing import NAME_COLUMNS
 from router.statements.statement import Statement
 from router.statements.tables import Split
 
@@ -234,7 +235,7 @@ def _copy_in(s: Statement, split: Split | None, named: tuple[int, list[str] | No
     if columns is None:
         known = s.tables.columns.get(split.table)
         if known is None:
-            part = _refused(NOT_SUPPORTED, f"COPY of {split.table} does not name its columns", "name the columns")
+            part = _refused(NOT_SUPPORTED, f"COPY of {split.table} does not name its columns", NAME_COLUMNS)
             return replace(part, wants=split.table)
         columns = [name for name in known.names if name not in known.generated]
         unnamed = (Unnamed(s.first + last, tuple(columns)),)

@@ -31,11 +31,14 @@ class Unplannable(Exception):
         self.sqlstate = sqlstate
 
 
+NAME_COLUMNS: Final = "name the columns; a router asks a shard for those that are not named, and has no answer here"
+
+
 class ColumnsUnknown(Unplannable):
     """It could be, if the columns of a table were known."""
 
     def __init__(self, table: TableName) -> None:
-        super().__init__(f"INSERT into {table} does not name its columns", "name the columns")
+        super().__init__(f"INSERT into {table} does not name its columns", NAME_COLUMNS)
         self.table = table
 
 
