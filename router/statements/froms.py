@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlglot import exp
 
+from router.statements.catalogs import is_catalog
 from router.statements.contexts import Context, Node
 from router.statements.levels import Query
 from router.statements.parsing import Unplannable
@@ -173,7 +174,7 @@ class From:
 
     def _note_other(self, table: exp.Table) -> None:
         schema = name_of(table.args["db"]) if table.args.get("db") is not None else None
-        if schema in ("pg_catalog", "information_schema") or (schema is None and name_of(table.this).startswith("pg_")):
+        if is_catalog(schema, name_of(table.this)):
             self.walk_.names_catalog = True
         else:
             self.walk_.names_home = True
