@@ -12,7 +12,9 @@ from shardmove.postgres.embedded import Cluster
 @pytest.mark.parametrize("release", ["servers", "old_servers"])
 def test_every_relation_of_a_server_is_known(release: str, request: pytest.FixtureRequest) -> None:
     cluster: Cluster = request.getfixturevalue(release)
-    query = "SELECT relname FROM pg_class WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind IN ('r', 'v', 'm')"
+    query = (
+        "SELECT relname FROM pg_class WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind IN ('r', 'v', 'm')"
+    )
     with psycopg.connect(next(iter(cluster)).dsn) as connection:
         names = [name for (name,) in connection.execute(query).fetchall()]
     assert len(names) > 100
