@@ -60,9 +60,11 @@ class KnownColumns:
 
     async def learn(self, session: Session, tables: Sequence[TableName]) -> bool:
         """Asks a shard, as the session's user; several sessions ask once. The statement is looked at anew then."""
-        asking = [self._begin(session.login, table) for table in tables]
+        router, began = self._router, time.monotonic()
         try:
-            await asyncio.wait(asking)
+            while router.is_paused and time.monotonic() - began < router.settings.hold_timeout_s:
+                await router.next_view(placing.HELD_POLL_S)
+            await asyncio.wait([self._begin(session.login, table) for table in tables])
         except asyncio.CancelledError:
             if session.is_closing:
                 raise

@@ -19,7 +19,7 @@ from shardmove.domain.moves import Keyspace, Scheme, TableName
 from shardmove.wire import messages as wire
 from tests.support import engine
 from tests.support.inside import inside
-from tests.support.rawclient import RawClient, codes
+from tests.support.rawclient import RawClient, codes, told
 from tests.support.routed import Routed
 from tests.support.router import Router
 
@@ -182,6 +182,23 @@ def test_a_table_that_no_shard_has_is_refused_without_an_end(routed: Routed) -> 
             with pytest.raises(psycopg.errors.FeatureNotSupported, match="does not name its columns"):
                 connection.execute("INSERT INTO items VALUES (7, 1)")
         assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_while_the_router_is_paused_nobody_is_asked(routed: Routed, router: Router) -> None:
+    with (
+        psycopg.connect(router.dsn("shardmove"), autocommit=True) as console,
+        RawClient(router.port, dbname=routed.dbname, bound_s=BOUND_S) as waiting,
+    ):
+        console.execute("PAUSE")
+        waiting.query(f"INSERT INTO items VALUES ({HERE}, 1)")
+        until(
+            lambda: any(row["pid"] == str(waiting.pid) and row["state"] == "waiting" for row in router.show("CLIENTS")),
+            "it does not wait",
+        )
+        assert not rows(routed, "s1")
+        console.execute("RESUME")
+        assert codes(told(waiting.until_ready())) == []
+    assert rows(routed, "s1") == [(HERE, 1, None, 0)]
 
 
 # --- tables that change
