@@ -35,6 +35,7 @@ from shardmove.domain.errors import (
 from shardmove.domain.keys import KeyRange
 from shardmove.domain.moves import Attempt, Direction, Outcome, State
 from shardmove.domain.routes import Routes
+from tests.support.twins import once
 
 RANGE = KeyRange(0, 100)
 CONFIG = parse(
@@ -169,6 +170,19 @@ def test_a_lease_that_was_released_is_taken_at_once(catalog: Catalog) -> None:
         assert catalog.holder("m1") is None
         assert not lease.lost.is_set()
     lease.release()
+
+
+def test_who_stands_still_behind_giving_back_is_in_nobodys_way(catalog: Catalog) -> None:
+    lease = catalog.acquire("m1", holder="run", ttl_s=60)
+    taken: list[int] = []
+
+    def take() -> None:
+        with catalog.acquire("m1", holder="serve", ttl_s=60) as successor:
+            taken.append(successor.number)
+
+    with once("give_back.after", take):
+        lease.release()
+    assert taken == [2]
 
 
 def test_a_holder_whose_connection_died_is_succeeded_at_once(catalog: Catalog, dsn: str) -> None:

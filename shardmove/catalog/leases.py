@@ -78,12 +78,11 @@ class LeaseSession(Session):
         self._changed(Effect.BEAT, "SELECT shardmove_catalog.beat(%s, %s)", (move_id, number))
 
     def give_back(self, move_id: str, number: int) -> None:
-        self._changed(
-            Effect.GIVE_BACK,
-            "UPDATE shardmove_catalog.lease SET holder = NULL WHERE move_id = %s AND number = %s",
-            (move_id, number),
-        )
-        self._rows("SELECT pg_advisory_unlock_all()")  # a closed connection's backend may keep the lock for a moment
+        """The lock goes with it: who stood still behind this would be in everybody's way, and be named nowhere."""
+        query = """
+            WITH given AS (UPDATE shardmove_catalog.lease SET holder = NULL WHERE move_id = %s AND number = %s)
+            SELECT pg_catalog.pg_advisory_unlock_all()"""
+        self._changed(Effect.GIVE_BACK, query, (move_id, number))
 
 
 class Lease:
