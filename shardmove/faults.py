@@ -36,12 +36,13 @@ def arm_as_ordered(role: str) -> None:
 
 def _reach(directory: Path, role: str, name: str) -> None:
     _tell(directory, role, name)
-    taken = directory / f"{name}.taken.{os.getpid()}"
     try:
-        (directory / name).rename(taken)
+        with (directory / name).open(encoding="utf-8") as order:  # whoever sees it taken may remove it at once
+            (directory / name).rename(directory / f"{name}.taken.{os.getpid()}")
+            what = order.read().strip()
     except FileNotFoundError:
         return
-    match taken.read_text(encoding="utf-8").strip():
+    match what:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "pause":
