@@ -99,17 +99,11 @@ class KnownColumns:
     async def _read(self, login: ClientLogin, table: TableName) -> Columns | None:
         """None where there is no such table, or where its names are such that clients' encodings matter."""
         router = self._router
-        pool = router.pool(router.owner_of(table), login)
-        server = await pool.acquire()
+        server = await placing.borrow(router.pool(router.owner_of(table), login), {})
         try:
-            if undone := placing.difference(server.applied, {}):
-                await server.run(undone)
-                server.applied = {}
             frames = await server.run(_query(table))
-        except BaseException:
-            pool.discard(server)
-            raise
-        router.take_back(server, is_shared=True)
+        finally:
+            router.take_back(server, is_shared=True)
         rows = [messages.decode_data_row(frame[5:]) for frame in frames if frame[0] == _ROW]
         names = [(name or b"").decode("utf-8", "replace") for name, _ in rows]
         if not names or not all(name.isascii() for name in names):

@@ -139,15 +139,7 @@ class Comparing:
         pool = self._router.pool(shard, case.login)
         if pool.waiting:
             raise NoServer(f"clients wait for connections to shard {shard}")
-        server = await pool.acquire()
-        try:
-            if text := placing.difference(server.applied, case.settings):
-                await server.run(text)
-                server.applied = dict(case.settings)
-        except BaseException:
-            pool.discard(server)
-            raise
-        return server
+        return await placing.borrow(pool, case.settings)
 
     async def _difference(self, case: _Case, source: Server, target: Server) -> tuple[Rows, ...] | None:
         """Both sides' rows; empty where they are the same, None where that cannot be told."""

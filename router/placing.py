@@ -23,6 +23,7 @@ from shardmove.wire.messages import IDLE, IN_TRANSACTION
 from shardmove.wire.streams import Owed
 
 if TYPE_CHECKING:
+    from router.pool import Pool
     from router.session import Session
 
 RETRY_PAUSES_S = (0.001, 0.002, 0.004, 0.008, 0.016)
@@ -245,10 +246,18 @@ async def prepare(session: Session, server: Server) -> None:
         await server.run(each)
 
 
-def difference(applied: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> bytes:
-    """The statements that make one into the other."""
-    undone, done = _steps(applied, wanted)
-    return b";".join(undone + done)
+async def borrow(pool: Pool, settings: Mapping[str, bytes]) -> Server:
+    """A connection for the router's own use, with these settings. Raises NoServer, ServerError, ServerLost."""
+    server = await pool.acquire()
+    try:
+        undone, done = _steps(server.applied, settings)
+        if undone or done:
+            await server.run(b";".join(undone + done))
+            server.applied = dict(settings)
+    except BaseException:
+        pool.discard(server)
+        raise
+    return server
 
 
 def _steps(applied: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> tuple[list[bytes], list[bytes]]:
